@@ -1,7 +1,8 @@
 """Errors that a user can cause, and the exit code each ends a program with.
 
-A message says what was wrong, the value, what was expected, and the command that mends it. Programs
-print it without a traceback (`pupilseg.cli.run`); code that uses the library catches one base class.
+A message says what was wrong, the value, what was expected, and the command that mends it.
+Programs print it without a traceback (`pupilseg.cli.run`); code that uses the library catches one
+base class.
 """
 
 
