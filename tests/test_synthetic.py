@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import pytest
+
+from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_from_mask, ellipse_mask
+from pupilseg.synthetic import RENDERER_VERSION, Rendered, render
+from pupilseg.synthetic.anatomy import sample_eye
+from pupilseg.synthetic.camera import SHOT_NOISE, expose
+from pupilseg.synthetic.eyeball import draw_eyeball
+from pupilseg.synthetic.optics import add_spot
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SEED = 11
+FRAMES = 120
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Rendered]:
+    return [render(i, SEED) for i in range(FRAMES)]
+
+
+@pytest.fixture(scope="module")
+def open_frames(frames: list[Rendered]) -> list[Rendered]:
+    return [f for f in frames if f.pupil is not None]
+
+
+def digest(frame: Rendered) -> str:
+    payload = frame.image.tobytes() + frame.classes.tobytes() + repr(frame[2:]).encode()
+    return hashlib.sha256(payload).hexdigest()
+
+
+def around(pupil: NDArray[np.uint8], inner: int, outer: int) -> NDArray[np.bool_]:
+    grown = [cv2.dilate(pupil, np.ones((2 * r + 1, 2 * r + 1), np.uint8)) for r in (inner, outer)]
+    return (grown[1] - grown[0]) > 0
+
+
+def radius(ellipse: Ellipse) -> float:
+    return math.sqrt(ellipse.semi_axis_a_px * ellipse.semi_axis_b_px)
+
+
+def test_same_frame_in_another_order_and_another_process(frames: list[Rendered]) -> None:
+    chosen = [17, 3, 60, 0]
+    here = [digest(render(i, SEED)) for i in chosen]
+    assert here == [digest(frames[i]) for i in chosen]
+    code = (
+        "import hashlib, sys; import cv2; cv2.setNumThreads(1)\n"
+        "from pupilseg.synthetic import render\n"
+        "for i in map(int, sys.argv[2:]):\n"
+        "    f = render(i, int(sys.argv[1]))\n"
+        "    b = f.image.tobytes() + f.classes.tobytes() + repr(f[2:]).encode()\n"
+        "    print(hashlib.sha256(b).hexdigest())"
+    )
+    command = [sys.executable, "-c", code, str(SEED), *map(str, chosen)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert there == here
+
+
+def test_rendering_leaves_the_global_generator_alone() -> None:
+    np.random.seed(1)  # noqa: NPY002 - the global state is what is under test
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = digest(render(5, 2))
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+    np.random.seed(2)  # noqa: NPY002
+    assert digest(render(5, 2)) == first
+
+
+def test_every_index_and_every_seed_is_another_eye(frames: list[Rendered]) -> None:
+    assert len({digest(f) for f in frames}) == FRAMES
+    assert len({f.pupil for f in frames if f.pupil}) == sum(f.pupil is not None for f in frames)
+    assert digest(render(0, SEED + 1)) != digest(frames[0])
+
+
+@pytest.mark.parametrize(("index", "seed"), [(-1, 0), (0, -1)])
+def test_negative_index_or_seed_is_refused(index: int, seed: int) -> None:
+    with pytest.raises(ValueError, match=r"index and seed must be >= 0, got .*-1"):
+        render(index, seed)
+
+
+def test_shapes_types_and_values(frames: list[Rendered]) -> None:
+    assert isinstance(RENDERER_VERSION, int)
+    for frame in frames:
+        assert frame.image.shape == frame.classes.shape == (HEIGHT, WIDTH)
+        assert frame.image.dtype == frame.classes.dtype == np.uint8
+        assert frame.image.flags.c_contiguous
+        assert frame.classes.max() <= 3
+        assert (frame.pupil is None) == (frame.iris is None)
+        for ellipse in frame[2:]:
+            if ellipse is not None:
+                assert all(type(value) is float and math.isfinite(value) for value in ellipse)
+                assert ellipse.semi_axis_a_px >= ellipse.semi_axis_b_px > 0
+                assert -math.pi / 2 < ellipse.angle_rad <= math.pi / 2
+
+
+def test_a_closed_eye_has_no_labels(frames: list[Rendered]) -> None:
+    closed = [f for f in frames if f.pupil is None]
+    assert closed
+    for frame in closed:
+        assert not frame.classes.any()
+
+
+def test_labelled_pupil_is_the_ellipse_up_to_its_ragged_edge(open_frames: list[Rendered]) -> None:
+    for frame in open_frames:
+        pupil = frame.pupil
+        assert pupil is not None
+        # The edge strays by at most 2.5 deviations of at most 0.012 of the radius.
+        stray = 1 + 2.5 * 0.012
+        a, b = pupil.semi_axis_a_px * stray + 0.5, pupil.semi_axis_b_px * stray + 0.5
+        most = ellipse_mask(pupil._replace(semi_axis_a_px=a, semi_axis_b_px=b))
+        assert not np.any((frame.classes == 3) & (most == 0))
+
+
+def test_moments_of_an_uncut_pupil_are_its_ellipse(open_frames: list[Rendered]) -> None:
+    uncut = 0
+    for frame in open_frames:
+        pupil = frame.pupil
+        assert pupil is not None
+        mask = (frame.classes == 3).astype(np.uint8)
+        ring = around(mask, 0, 1)
+        if not mask.any() or not np.all(frame.classes[ring] == 2):
+            continue
+        uncut += 1
+        measured = ellipse_from_mask(mask)
+        assert measured is not None
+        # Measured over 1,288 uncut pupils: centre within 0.09 px, semi-axes within 0.11 px.
+        for value, wanted, slack in zip(
+            measured[:4], pupil[:4], (0.12, 0.12, 0.15, 0.15), strict=True
+        ):
+            assert value == pytest.approx(wanted, abs=slack)
+        if pupil.semi_axis_b_px < 0.95 * pupil.semi_axis_a_px:
+            turned = measured.angle_rad - pupil.angle_rad
+            assert abs(math.sin(turned)) < 0.1
+    assert uncut > FRAMES // 2
+
+
+def test_labels_do_not_depend_on_what_lies_in_front(open_frames: list[Rendered]) -> None:
+    """Glints, lashes and streaks come after the labels: a pupil has neither hole nor island."""
+    for frame in open_frames:
+        mask = (frame.classes == 3).astype(np.uint8)
+        if mask.any():
+            parts, _ = cv2.connectedComponents(mask)
+            contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+            assert parts == 2
+            assert len(contours) == 1
+
+
+def test_drawn_edge_is_where_the_label_changes() -> None:
+    """Before blur and noise, grey is mid-way between pupil and iris at the label's edge."""
+    checked = 0
+    for index in range(40):
+        anatomy, _, eyeball, *_ = np.random.default_rng([SEED, index]).spawn(6)
+        eye = sample_eye(anatomy)
+        ball = draw_eyeball(eyeball, eye)
+        if ball is None or not (ball.classes == 3).any():
+            continue
+        inside = ball.grey[(ball.classes == 3) & (ball.cover == 1)]
+        # At worst a pixel whose centre lies on the edge is half iris.
+        assert inside.min() == pytest.approx(eye.levels.pupil, abs=0.01)
+        assert np.mean(inside < (eye.levels.pupil + eye.levels.iris) / 2 + 8) > 0.99
+        checked += 1
+    assert checked > 30
+
+
+def test_pupil_is_darker_than_what_surrounds_it(open_frames: list[Rendered]) -> None:
+    steps = []
+    for frame in open_frames:
+        mask = (frame.classes == 3).astype(np.uint8)
+        ring = around(mask, 2, 7) & (frame.classes == 2)
+        if mask.sum() > 300 and ring.sum() > 100:
+            inside, outside = frame.image[mask == 1], frame.image[ring]
+            steps.append(float(np.median(outside)) - float(np.median(inside)))
+    assert np.mean(np.array(steps) > 5) > 0.97
+    # Real frames: 15 to 90.
+    assert 20 < np.median(steps) < 50
+    assert np.percentile(steps, 95) < 110
+
+
+def test_grey_levels_are_those_of_real_frames(open_frames: list[Rendered]) -> None:
+    """Wanted, raw frames: pupil 33-39, iris 53-88, sclera 65-103, skin 100-164."""
+    for label, low, high in ((3, 33, 39), (2, 53, 88), (1, 60, 103), (0, 75, 164)):
+        medians = []
+        for frame in open_frames:
+            chosen = frame.classes == label
+            if chosen.sum() > 200:
+                medians.append(float(np.median(frame.image[chosen])))
+        # Stretched and equalised frames, 38 % of all, may leave the range.
+        assert np.mean([low - 3 <= m <= high + 3 for m in medians]) > 0.6
+        assert low < np.median(medians) < high
+
+
+def test_sizes_are_those_of_real_frames(open_frames: list[Rendered]) -> None:
+    pupils = np.array([radius(f.pupil) for f in open_frames if f.pupil])
+    irises = np.array([radius(f.iris) for f in open_frames if f.iris])
+    # 22-62 and 84-161 px are semi-axes seen straight on; a gaze to the side shortens them.
+    assert pupils.min() > 18
+    assert pupils.max() < 63
+    assert pupils.max() - pupils.min() > 25
+    assert irises.min() > 70
+    assert irises.max() < 162
+    assert irises.max() > 125
+    assert np.all(pupils / irises < 0.7)
+    visible = [
+        (f.classes >= 2).sum() / ellipse_mask(f.iris).sum()
+        for f in open_frames
+        if f.iris is not None
+    ]
+    assert np.mean([0.45 < v <= 1 for v in visible]) > 0.85
+    assert 0.65 < np.median(visible) < 0.9
+    centers = np.array([f.pupil[:2] for f in open_frames if f.pupil])
+    assert np.all(centers.std(axis=0) > (50, 15))
+
+
+def test_shares_of_blinks_cut_pupils_borders_and_glints(frames: list[Rendered]) -> None:
+    open_ = [f for f in frames if f.pupil is not None]
+    assert 0.01 <= 1 - len(open_) / FRAMES <= 0.12
+    cut = np.mean([(f.classes == 3).sum() < 0.97 * ellipse_mask(f.pupil).sum() for f in open_])
+    assert 0.02 <= cut <= 0.16
+    glints, darker, on_pupil = [], [], []
+    for frame in open_:
+        spots, _, stats, _ = cv2.connectedComponentsWithStats(
+            ((frame.image >= 250) & (frame.classes > 0)).astype(np.uint8)
+        )
+        glints.append(sum(int(s[4]) >= 5 for s in stats[1:spots]))
+        pupil = frame.classes == 3
+        if pupil.sum() > 300:
+            on_pupil.append((frame.image[pupil] >= 250).any())
+            smooth = cv2.blur(frame.image, (9, 9))
+            darker.append(np.mean(smooth < np.median(frame.image[pupil]) - 4))
+    assert 3 <= np.median(glints) <= 12
+    assert np.percentile(glints, 95) <= 20
+    assert 0.2 < np.mean(on_pupil) < 0.8
+    # A border darker than the pupil: absent in a good share of frames, up to a sixth in others.
+    assert 0.25 < np.mean(np.array(darker) > 0.01) < 0.85
+    assert np.percentile(darker, 90) < 0.35
+    assert max(darker) > 0.1
+
+
+def test_shot_noise_grows_with_the_grey_level() -> None:
+    rng = np.random.default_rng(0)
+    for level in (40.0, 160.0):
+        variances = [expose(rng, np.full((100, 100), level, np.float32)).var() for _ in range(40)]
+        # A twelfth is the rounding to whole levels.
+        assert np.median(variances) - 1 / 12 == pytest.approx(SHOT_NOISE * level, rel=0.2)
+
+
+@pytest.mark.parametrize("area", [5.0, 20.0, 70.0])
+@pytest.mark.parametrize("stretch", [1.0, 1.5])
+def test_a_spot_saturates_over_the_area_asked_for(area: float, stretch: float) -> None:
+    image = np.full((60, 60), 45, np.float32)
+    add_spot(image, 30.3, 29.6, area, stretch=stretch, angle=0.4)
+    saturated = (image >= 255).sum()
+    assert 0.7 * area * stretch - 3 <= saturated <= 1.4 * area * stretch + 3
+    assert image[:8].max() == pytest.approx(45, abs=1)
+
+
+@pytest.mark.parametrize("at", [(-30.0, 5.0), (0.0, 0.0), (700.0, 500.0), (59.0, 30.0)])
+def test_a_spot_at_or_past_the_border_is_clipped(at: tuple[float, float]) -> None:
+    image = np.zeros((60, 60), np.float32)
+    add_spot(image, *at, 20.0)
+    near = 0 <= at[0] < 60 and 0 <= at[1] < 60
+    assert (image.max() > 255) == near
