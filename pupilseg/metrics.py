@@ -1,0 +1,152 @@
+"""Counts on the device, scores derived from them on the host."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from pupilseg.geometry import ELLIPSE_SCALE, HEIGHT, WIDTH
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+COUNTS = (
+    "frames",
+    "background_intersection",
+    "background_union",
+    "pupil_intersection",
+    "pupil_union",
+    "center_error_px",
+    "center_frames",
+    "pupil_frames",
+)
+
+
+def predicted_mask(output: Tensor) -> Tensor:
+    """Returns the pupil mask that a network's output stands for.
+
+    Args:
+        output: logits (N, 2, H, W), or normalised ellipses (N, 4).
+
+    Returns:
+        bool (N, 400, 640).
+    """
+    if output.ndim == 4:
+        return output[:, 1] > output[:, 0]
+    return ellipse_masks(output)
+
+
+def ellipse_masks(vectors: Tensor) -> Tensor:
+    """Draws upright ellipses on their own device: a pixel is set when its centre lies inside.
+
+    Args:
+        vectors: (N, 4) normalised cx, cy, rx, ry.
+
+    Returns:
+        bool (N, 400, 640); empty where a semi-axis is not positive.
+    """
+    scale = torch.as_tensor(ELLIPSE_SCALE, dtype=torch.float32).to(vectors.device)
+    cx, cy, rx, ry = (vectors.float() * scale).unbind(dim=1)
+    x = torch.arange(WIDTH, device=vectors.device)
+    y = torch.arange(HEIGHT, device=vectors.device)
+    along_x = ((x - cx[:, None]) / rx[:, None]).square()
+    along_y = ((y - cy[:, None]) / ry[:, None]).square()
+    inside = along_x[:, None, :] + along_y[:, :, None] <= 1
+    return inside & ((rx > 0) & (ry > 0))[:, None, None]
+
+
+class EpochMetrics:
+    """Sums of one epoch in a single vector on the device, allocated once.
+
+    Args:
+        loss_names: names of the loss terms, in the order they are stored.
+        device: where the batches are.
+    """
+
+    def __init__(self, loss_names: Sequence[str], device: torch.device) -> None:
+        self.names = (*loss_names, *COUNTS)
+        self._loss_names = tuple(loss_names)
+        # MPS has no float64; float32 counts pixels exactly up to 2^24 only, so it drifts there.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.names), dtype=self._dtype, device=device)
+        self._rows = torch.arange(HEIGHT, dtype=torch.float32, device=device)
+        self._columns = torch.arange(WIDTH, dtype=torch.float32, device=device)
+        self._pixels = torch.as_tensor(ELLIPSE_SCALE[:2], dtype=torch.float32).to(device)
+
+    def reset(self) -> None:
+        """Starts a new epoch."""
+        self.sums.zero_()
+
+    @torch.no_grad()
+    def update(
+        self, losses: Mapping[str, Tensor], mask: Tensor, label: Tensor, ellipse: Tensor
+    ) -> None:
+        """Adds a batch without waiting for the device.
+
+        Args:
+            losses: scalar means over the batch, by name.
+            mask: bool (N, 400, 640), predicted.
+            label: (N, 400, 640) of {0, 1}.
+            ellipse: float (N, 4), the label's normalised ellipse; rx = 0 for a blink.
+        """
+        truth = label != 0
+        frames = len(truth)
+        mask_rows, mask_columns = mask.sum(dim=2).float(), mask.sum(dim=1).float()  # (N, H), (N, W)
+        area = mask_rows.sum(dim=1)
+        intersection = (mask & truth).sum()
+        predicted, true = area.sum(), truth.sum()
+        union = predicted + true - intersection
+        pixels = frames * HEIGHT * WIDTH
+        center = torch.stack([mask_columns @ self._columns, mask_rows @ self._rows], dim=1)
+        center = center / area.clamp(min=1)[:, None]  # (N, 2) px
+        distance = (center - ellipse[:, :2] * self._pixels).square().sum(dim=1).sqrt()
+        has_pupil = ellipse[:, 2] > 0
+        found = (area > 0) & has_pupil
+        counts = torch.stack(
+            [
+                *(losses[name].detach().to(self._dtype) * frames for name in self._loss_names),
+                area.new_full((), frames).to(self._dtype),
+                (pixels - union).to(self._dtype),
+                (pixels - intersection).to(self._dtype),
+                intersection.to(self._dtype),
+                union.to(self._dtype),
+                (distance * found).sum().to(self._dtype),
+                found.sum().to(self._dtype),
+                has_pupil.sum().to(self._dtype),
+            ]
+        )
+        self.sums += counts
+
+
+def scores(names: Sequence[str], sums: Sequence[float], prefix: str) -> dict[str, float]:
+    """Derives an epoch's scores from its sums.
+
+    Args:
+        names: what each sum counts (`EpochMetrics.names`).
+        sums: the values, on the host.
+        prefix: "train" or "valid".
+
+    Returns:
+        `{prefix}_{loss}` means a frame; `_iou` mean of background and pupil IoU; `_pupil_iou`;
+        `_center_px` mean distance of the centres over frames where both have a pupil (NaN if
+        none); `_found` share of the frames with a pupil in which one was predicted (NaN if none).
+    """
+    total = dict(zip(names, sums, strict=True))
+    frames = max(total["frames"], 1)
+    out = {f"{prefix}_{name}": total[name] / frames for name in names if name not in COUNTS}
+    background = _ratio(total["background_intersection"], total["background_union"], empty=1.0)
+    pupil = _ratio(total["pupil_intersection"], total["pupil_union"], empty=1.0)
+    out[f"{prefix}_iou"] = (background + pupil) / 2
+    out[f"{prefix}_pupil_iou"] = pupil
+    out[f"{prefix}_center_px"] = _ratio(total["center_error_px"], total["center_frames"])
+    out[f"{prefix}_found"] = _ratio(total["center_frames"], total["pupil_frames"])
+    return out
+
+
+def _ratio(numerator: float, denominator: float, empty: float = math.nan) -> float:
+    """Returns the quotient, or `empty` where nothing was counted."""
+    return numerator / denominator if denominator else empty
