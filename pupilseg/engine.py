@@ -35,6 +35,7 @@ from pupilseg.losses import (
 )
 from pupilseg.metrics import EpochMetrics, predicted_mask, scores
 from pupilseg.models import create_model, model_entry
+from pupilseg.optim import AveragedWeights, learning_rate, parameter_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -99,84 +100,12 @@ class FitResult:
     interrupted: bool
 
 
-def select_device(name: str | None) -> torch.device:
-    """Returns the device of a name; None takes CUDA where there is one, else the CPU.
-
-    Raises:
-        UsageError: the name is unknown, or the device is not there.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= there:
-            raise UsageError(
-                f"device {name!r} is not there: this machine has {there} CUDA devices that torch "
-                f"{torch.__version__} can use; give --device cpu, or install a CUDA build of torch"
-            )
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device 'mps' is not there: it needs macOS on Apple silicon")
-    elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"device {name!r} is not supported; expected cpu, cuda, cuda:N or mps")
-    return device
-
-
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Returns the rate of a step (from 0): linear warm-up, then half a cosine down to 1 % of it."""
-    rise = max(1, round(config.warmup * steps))
-    if step < rise:
-        return config.lr * (step + 1) / rise
-    progress = (step - rise) / max(1, steps - rise)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits parameters: matrices and kernels decay, biases and norms do not."""
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": kernels, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
-class AveragedWeights:
-    """Exponential moving average of weights and norm statistics (EMA), with a warm start.
-
-    The decay of step t is min(decay, (1 + t) / (10 + t)), so that a short run is not held back by
-    its first, random weights.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.steps = decay, 0
-        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Moves the average towards the current weights."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
-        current = model.state_dict()
-        floats = [name for name, value in self.values.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.values[name] for name in floats],
-            [current[name].detach() for name in floats],
-            1 - decay,
-        )
-        for name in self.values.keys() - set(floats):
-            self.values[name].copy_(current[name])
-
-
 class Run:
     """State of one training run; `fit` drives it.
 
     Args:
         config: see `TrainConfig`.
-        device: from `select_device`.
+        device: from `pupilseg.device.find_device`.
         total_steps: optimizer steps in the whole run.
     """
 
@@ -220,7 +149,9 @@ class Run:
             if self.config.augment is not None:
                 batch = augment(batch, self.config.augment, self.random)  # noqa: PLW2901
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+                group["lr"] = learning_rate(
+                    self.step, self.total_steps, self.config.lr, self.config.warmup
+                )
             image = batch.image.contiguous(memory_format=torch.channels_last)
             with torch.autocast(**self.autocast):
                 output = self.model(image)
@@ -334,7 +265,7 @@ def fit(
         train_loader: shuffled batches; its epoch is set from here.
         valid_loader: batches in order.
         output_dir: where the files of `CHECKPOINT_NAMES` go.
-        device: from `select_device`.
+        device: from `pupilseg.device.find_device`.
         card: what the model files say of the data: preprocessing, source, licence.
         resume: a `*_training_state.pt` to go on from.
         on_epoch: called with each epoch's row.
@@ -384,7 +315,7 @@ def _epoch(run: Run, train_loader: Loader, valid_loader: Loader) -> dict[str, fl
     run.epoch += 1
     row = {
         "epoch": run.epoch,
-        "lr": learning_rate(run.step - 1, run.total_steps, run.config),
+        "lr": learning_rate(run.step - 1, run.total_steps, run.config.lr, run.config.warmup),
         "alpha": alpha,
         "train_seconds": trained - started,
         "valid_seconds": time.perf_counter() - trained,

@@ -1,8 +1,8 @@
 """Errors that a user can cause, and the exit code each ends a program with.
 
 A message says what was wrong, the value, what was expected, and the command that mends it.
-Programs print it without a traceback (`pupilseg.cli.run`); code that uses the library catches one
-base class.
+Programs print it without a traceback (`pupilseg.program.run`); code that uses the library catches
+one base class.
 """
 
 
@@ -28,3 +28,11 @@ class DownloadError(PupilSegError):
 
 class CheckpointError(PupilSegError):
     """A checkpoint or model file that is damaged, foreign, or of another network."""
+
+
+class OutputError(PupilSegError):
+    """A file that cannot be written: disk full, quota, read-only file system, no permission."""
+
+
+class LockedError(PupilSegError):
+    """A directory that another process of this library is writing to."""

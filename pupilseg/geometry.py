@@ -63,8 +63,9 @@ def ellipse_from_mask(mask: NDArray[np.generic]) -> Ellipse | None:
     """Returns the ellipse with the mask's area-normalised second moments.
 
     A filled ellipse with semi-axes (a, b) has second moments (a^2/4, b^2/4) along its axes, so the
-    axes come from the eigenvalues of the covariance of the set pixels. Within 0.02 px on whole
-    ellipses of radius over 15 px, where `cv2.fitEllipse` on a contour is 0.4 px too small.
+    axes come from the eigenvalues of the covariance of the set pixels. On whole ellipses drawn with
+    semi-axes over 15 px the largest error is 0.04 px in the median and 0.1 px in 97 of 100, without
+    bias (`tests/test_geometry.py`); `cv2.fitEllipse` on a contour is 0.4 px too small.
 
     Args:
         mask: (H, W), any dtype; non-zero is pupil.
@@ -79,6 +80,8 @@ def ellipse_from_mask(mask: NDArray[np.generic]) -> Ellipse | None:
     mean, half_gap = (var_x + var_y) / 2, (var_x - var_y) / 2
     root = math.hypot(half_gap, cov)
     angle = 0.5 * math.atan2(cov, half_gap)
+    if angle <= -math.pi / 2:  # a covariance of -0.0 on an upright ellipse
+        angle += math.pi
     return Ellipse(x, y, 2 * math.sqrt(mean + root), 2 * math.sqrt(max(mean - root, 0.0)), angle)
 
 

@@ -83,8 +83,8 @@ def squared_distance(label: NDArray[np.generic]) -> NDArray[np.int32]:
     if pixels in (0, label.size):
         return np.full(label.shape, MAX_DISTANCE_SQUARED, dtype=np.int32)
     # Each transform is zero on the other class, so their sum is u everywhere.
-    distance = cv2.distanceTransform(label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    distance += cv2.distanceTransform(1 - label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    inside = cv2.distanceTransform(label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    distance = inside + cv2.distanceTransform(1 - label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.rint(distance.astype(np.float64) ** 2).astype(np.int32)
 
 
@@ -95,7 +95,7 @@ def signed_tables() -> NDArray[np.float32]:
     (inside), formed in float64 and rounded once, which float32 arithmetic does not reproduce.
     """
     u = np.sqrt(np.arange(MAX_DISTANCE_SQUARED + 1, dtype=np.float64))
-    return np.stack([u / DIAGONAL, -(u - 1) / DIAGONAL]).astype(np.float32)
+    return np.stack([u / DIAGONAL, (1 - u) / DIAGONAL]).astype(np.float32)
 
 
 def maps_from_squared(
@@ -112,7 +112,8 @@ def maps_from_squared(
         diagonal inside.
     """
     u = np.sqrt(squared.astype(np.float64))
-    outside, inside = u / DIAGONAL, -(u - 1) / DIAGONAL
+    # 1 - u, since -(u - 1) is -0.0 on the border where revision B of the data set holds +0.0.
+    outside, inside = u / DIAGONAL, (1 - u) / DIAGONAL
     is_pupil = np.asarray(label) != 0
     both = np.stack([np.where(is_pupil, outside, inside), np.where(is_pupil, inside, outside)])
     return both.astype(np.float32)

@@ -1,0 +1,67 @@
+"""Puts a data source in place once: python -m pipeline.download --source SRC --out DIR."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from pupilseg.files import read_json
+from pupilseg.program import run
+from pupilseg.sources import FORMS, SourceOptions, download
+
+
+def parse_args() -> argparse.Namespace:
+    """Returns the command line's arguments."""
+    default = SourceOptions()
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.download",
+        description=__doc__,
+        epilog=FORMS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--source", required=True, help="what to put in place, see below")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
+    parser.add_argument("--out", required=True, type=Path, help="data directory, one a source")
+    parser.add_argument(
+        "--augmented-train",
+        action=switch,
+        default=default.augmented_train,
+        help="keep rows named *_flip, *_blur, *_lines in train (default: yes)",
+    )
+    parser.add_argument(
+        "--augmented-validation",
+        action=switch,
+        default=default.augmented_validation,
+        help="keep them in validation (default: no)",
+    )
+    parser.add_argument(
+        "--resize",
+        default=default.resize,
+        help="letterbox or stretch frames that are not 400 x 640 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=default.validation_fraction,
+        help="share held out where the source has no splits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="series of rendered eyes (default: 0)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Downloads, or finds it done, and says what is there."""
+    args = parse_args()
+    options = SourceOptions(**{f.name: getattr(args, f.name) for f in fields(SourceOptions)})
+    path = download(args.source, args.out, revision=args.revision, options=options)
+    manifest = read_json(path, mend=f"remove {path} and run again")
+    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
+    print(f"{manifest['source']}: {counts} ({manifest['split_rule']}); recorded in {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,31 @@
+"""Writes a trained network as ONNX, parity checked.
+
+python -m pipeline.export --model FILE.pt --out FILE.onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pupilseg.export import export_onnx
+from pupilseg.program import run
+
+
+def main() -> None:
+    """Parses the command line and exports."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.export", description="Export a trained network to ONNX."
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a model file (*.pt)")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write (*.onnx)")
+    args = parser.parse_args()
+    report = export_onnx(args.model, args.out)
+    print(
+        f"{args.out}: {report['bytes']:,} bytes, differs from torch by at most "
+        f"{report['parity']:.1e} of the largest output (batches of 1, 2 and 7)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,63 @@
+"""Makes the shards of a downloaded source: OUT/train and OUT/validation.
+
+python -m pipeline.materialize --raw DIR --out DIR [--workers N] [--preprocessing NAME]
+                               [--max-bad N] [--rows-per-shard N]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pupilseg.prepare import write_splits
+from pupilseg.preprocess import NONE, PREPROCESSINGS
+from pupilseg.program import run
+from pupilseg.shards.writer import MOST_FILES, ROWS_PER_SHARD
+
+
+def main() -> None:
+    """Parses the command line and writes the shards."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.materialize",
+        description="Make the shards of a downloaded source. Killed and run again, it goes on.",
+    )
+    parser.add_argument("--raw", type=Path, required=True, help="what pipeline.download wrote")
+    parser.add_argument("--out", type=Path, required=True, help="gets train/ and validation/")
+    parser.add_argument("--workers", type=int, help="processes (default: one a processor)")
+    parser.add_argument(
+        "--preprocessing",
+        default=NONE,
+        choices=list(PREPROCESSINGS),
+        help="applied to each image, unless the source already did (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=0,
+        help="samples of a split that may be bad: left out, counted and named (default: 0)",
+    )
+    parser.add_argument(
+        "--rows-per-shard",
+        type=int,
+        help=f"default: {ROWS_PER_SHARD}, doubled until a split has at most {MOST_FILES} files",
+    )
+    args = parser.parse_args()
+    manifests = write_splits(
+        args.raw,
+        args.out,
+        workers=args.workers,
+        rows_per_shard=args.rows_per_shard,
+        preprocessing=args.preprocessing,
+        max_bad=args.max_bad,
+    )
+    for split, manifest in manifests.items():
+        size = sum(entry["bytes"] for entry in manifest["files"])
+        skipped = f", {len(manifest['skipped'])} bad left out" if manifest["skipped"] else ""
+        print(
+            f"{split}: {manifest['rows']} samples, {size / manifest['rows'] / 1e6:.2f} MB each, "
+            f"{len(manifest['files'])} files{skipped}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

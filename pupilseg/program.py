@@ -1,0 +1,64 @@
+"""How every command of the project starts and ends.
+
+Exit codes: 0 done; 1 data, network or disk; 2 a request that cannot be met (also argparse's own);
+130 interrupted; 141 the reader of our output went away. A fault of the code itself keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from pupilseg.errors import PupilSegError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a program's main function and ends the process with its exit code.
+
+    What the library logs goes to stderr, one plain line each. An error that the user can mend is
+    printed as `error: ...` without a traceback.
+
+    Args:
+        main: parses `sys.argv` itself; returns the exit code, or None for 0.
+    """
+    _log_to_stderr()
+    try:
+        code = main()
+        sys.stdout.flush()
+    except PupilSegError as error:
+        code = _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; give it a place where that cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        code = _fail(f"cannot write: {error}; free some space or choose another directory", 1)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    """Prints an error after the last line of a progress bar, and returns the exit code."""
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def _log_to_stderr() -> None:
+    """Shows the library's log (not that of other packages) from INFO on."""
+    logger = logging.getLogger("pupilseg")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
+    logger.setLevel(logging.INFO)

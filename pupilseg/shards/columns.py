@@ -1,0 +1,152 @@
+"""The columns of a shard while it is being built: the compact encoding if it is exact, else raw.
+
+A builder holds encoded rows only. When a row does not fit the compact encoding, the rows before it
+are decoded, which is exact since each was checked, and the column goes on raw.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pupilseg import maps
+from pupilseg.geometry import ellipse_from_mask, ellipse_vector
+from pupilseg.shards.codec import (
+    FrameDecoder,
+    pack_bits,
+    pack_squared,
+    pack_values,
+    unpack_values,
+    value_table,
+)
+from pupilseg.shards.format import BITS, COLUMNS, RAW, U2, Encodings, Field, stored_fields
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pupilseg.sources import Sample
+
+
+def _rows(field: Field, count: int) -> NDArray[Any]:
+    """Returns an empty array for `count` rows of a field."""
+    return np.empty((count, field.width), dtype=field.dtype)
+
+
+def _raw_rows(column: str, count: int) -> NDArray[Any]:
+    """Returns an empty array for `count` raw rows of a column."""
+    return _rows(stored_fields(column, RAW)[0], count)
+
+
+class ShardColumns:
+    """All columns of one shard, filled row by row.
+
+    Args:
+        capacity: the largest number of rows.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.names: list[str] = []
+        self._capacity = capacity
+        self._image = _raw_rows("image", capacity)
+        self._label = _rows(stored_fields("label", BITS)[0], capacity)
+        self._ellipse = _raw_rows("ellipse", capacity)
+        self._ellipse_free = _raw_rows("ellipse_free", capacity)
+        self._weights = _rows(stored_fields("spatial_weights", BITS)[0], capacity)
+        self._weights_value: float | None = None
+        self._weights_raw: NDArray[np.float32] | None = None
+        field, first_field = stored_fields("dist_map", U2)
+        self._squared, self._first = _rows(field, capacity), _rows(first_field, capacity)
+        self._dist_raw: NDArray[np.float32] | None = None
+        self._decoder = FrameDecoder()
+        self._maps = np.empty(COLUMNS["dist_map"].shape, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def append(self, sample: Sample, image: NDArray[np.uint8]) -> None:
+        """Adds a checked sample; what its source does not bring is computed from the label.
+
+        Args:
+            sample: shapes, dtypes and ranges as `Sample` says.
+            image: uint8 (400, 640), preprocessed.
+        """
+        row, label = len(self), sample.label
+        self._image[row] = image.reshape(-1)
+        self._label[row] = pack_bits(label)
+        self._add_weights(row, sample)
+        self._add_distances(row, sample)
+        vector = sample.ellipse
+        self._ellipse[row] = ellipse_vector(label) if vector is None else vector
+        self._ellipse_free[row] = ellipse_from_mask(label) or 0.0
+        self.names.append(sample.name)
+
+    def _add_weights(self, row: int, sample: Sample) -> None:
+        weights = sample.spatial_weights
+        if weights is None:
+            weights = maps.spatial_weights(sample.label)
+        if self._weights_raw is None:
+            packed = pack_values(weights, self._weights_value)
+            if packed is not None:
+                self._weights[row], self._weights_value = packed
+                return
+            self._weights_raw = _raw_rows("spatial_weights", self._capacity)
+            table = value_table(self._weights_value or 0.0)
+            for done in range(row):
+                unpack_values(self._weights[done], table, self._weights_raw[done])
+        self._weights_raw[row] = weights.reshape(-1)
+
+    def _add_distances(self, row: int, sample: Sample) -> None:
+        if self._dist_raw is None:
+            squared = maps.squared_distance(sample.label)
+            self._squared[row], self._first[row] = pack_squared(squared)
+            if self._decodes_to(row, squared, sample.dist_map):
+                return
+            self._dist_raw = _raw_rows("dist_map", self._capacity)
+            for done in range(row):
+                self._decode_maps(done, self._dist_raw[done].reshape(self._maps.shape))
+        dist_map = sample.dist_map
+        if dist_map is None:
+            dist_map = maps.distance_maps(sample.label)
+        self._dist_raw[row] = dist_map.reshape(-1)
+
+    def _decodes_to(
+        self, row: int, squared: NDArray[np.int32], dist_map: NDArray[np.float32] | None
+    ) -> bool:
+        """Says whether a packed row gives back the source's maps, or else the integers."""
+        if dist_map is None:
+            # The maps follow from the integers through a table that equals `maps_from_squared` for
+            # every integer (tests/test_codec.py), so comparing those is enough.
+            decoded = self._decoder.squared(self._squared[row], self._first[row])
+            return bool(np.array_equal(decoded, squared))
+        self._decode_maps(row, self._maps)
+        given = np.ascontiguousarray(dist_map)
+        return bool(np.array_equal(self._maps.view(np.uint32), given.view(np.uint32)))
+
+    def _decode_maps(self, row: int, out: NDArray[np.float32]) -> None:
+        """Decodes the distance maps of a packed row."""
+        self._decoder.distances(self._squared[row], self._first[row], self._label[row], out)
+
+    def encodings(self) -> Encodings:
+        """Returns the encoding of each column as it now stands."""
+        found: Encodings = {column: {"encoding": RAW} for column in COLUMNS}
+        found["label"] = {"encoding": BITS}
+        if self._weights_raw is None:
+            found["spatial_weights"] = {"encoding": BITS, "value": self._weights_value or 0.0}
+        if self._dist_raw is None:
+            found["dist_map"] = {"encoding": U2}
+        return found
+
+    def stored(self) -> dict[str, NDArray[Any]]:
+        """Returns the stored fields in file order, each (rows, width)."""
+        fields = {
+            "image": self._image,
+            "label": self._label,
+            "spatial_weights": self._weights if self._weights_raw is None else self._weights_raw,
+        }
+        if self._dist_raw is None:
+            fields |= {"dist_map": self._squared, "dist_map_first": self._first}
+        else:
+            fields["dist_map"] = self._dist_raw
+        fields |= {"ellipse": self._ellipse, "ellipse_free": self._ellipse_free}
+        return {name: array[: len(self)] for name, array in fields.items()}

@@ -1,0 +1,90 @@
+"""Reads and checks the manifest of a split."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from pupilseg.errors import DataError
+from pupilseg.files import read_json
+from pupilseg.shards.format import FORMAT, MANIFEST, VERSION, all_fields
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MATERIALIZE = "python -m pipeline.materialize --raw RAW --out DIR"
+_FILE_NAME = re.compile(r"shard-\d{5,}\.arrow")
+
+
+def rebuild(path: Path) -> str:
+    """Returns how to mend a directory that holds a bad file."""
+    return f"remove {path.parent} and make it again with: {MATERIALIZE}"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Returns the checked manifest of a split.
+
+    Raises:
+        DataError: as `open_shards`.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        if (directory / "train" / MANIFEST).is_file():
+            raise DataError(
+                f"{directory} holds splits, not shards; "
+                f"open {directory / 'train'} or {directory / 'validation'}"
+            )
+        unfinished = any(directory.glob("shard-*.arrow")) if directory.is_dir() else False
+        what = "is unfinished: it has no" if unfinished else "has no"
+        raise DataError(f"{directory} {what} {MANIFEST}; make it with: {MATERIALIZE}")
+    manifest = read_json(path, mend=rebuild(path))
+    if manifest.get("format") != FORMAT:
+        raise DataError(
+            f"{path} is not a shard manifest: format is {manifest.get('format')!r}, "
+            f"expected {FORMAT!r}; make shards with: {MATERIALIZE}"
+        )
+    if manifest.get("version") != VERSION:
+        raise DataError(
+            f"{path} has format version {manifest.get('version')!r}, this program reads {VERSION}; "
+            f"{rebuild(path)}"
+        )
+    try:
+        problem = _problem(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise DataError(f"{path} is damaged ({problem}); {rebuild(path)}")
+    return manifest
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """Says what is wrong with a manifest of this format; None if nothing is."""
+    for entry in manifest["files"]:
+        all_fields(entry["encodings"])
+        # Names come from a file that anyone may have written: none may lead elsewhere.
+        if not _FILE_NAME.fullmatch(entry["file"]):
+            return f"a file named {entry['file']!r}, expected shard-00000.arrow"
+        if not (_is_count(entry["rows"]) and _is_count(entry["bytes"])):
+            return f"{entry['file']} with {entry['rows']!r} rows and {entry['bytes']!r} bytes"
+        if not isinstance(entry["sha256"], str):
+            return f"{entry['file']} without a digest"
+    rows = sum(entry["rows"] for entry in manifest["files"])
+    if rows != manifest["rows"] or rows < 1:
+        return f"rows is {manifest['rows']!r}, its files have {rows}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_complete(directory: Path) -> bool:
+    """Says whether a split's manifest and all its files, of the recorded sizes, are there.
+
+    Raises:
+        DataError: there is a manifest, but it is foreign, damaged or of another version.
+    """
+    if not (directory / MANIFEST).is_file():
+        return False
+    files = [(directory / f["file"], f["bytes"]) for f in read_manifest(directory)["files"]]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)

@@ -1,0 +1,136 @@
+"""One frame and its label from files, checked, and brought to 400 x 640."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from pupilseg.errors import DataError
+from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.sources.sample import EYE_CLASSES, PUPIL_OF_FOUR, SHAPE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+_PNG_HEADER = 24
+_MAX_SIDE = 8192
+"""Longest side that is decoded; a header that claims more is taken for damage or malice."""
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Returns a PNG as uint8 (H, W).
+
+    Raises:
+        DataError: it is missing, no PNG, damaged, or not 8 bits of one channel (grey colour is
+            taken).
+    """
+    png_size(path)
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise DataError(f"{path} is not a readable PNG (damaged or cut short); fetch it again")
+    if image.dtype != np.uint8:
+        raise DataError(f"{path} has {image.dtype} pixels, expected 8 bits (uint8)")
+    if image.ndim == 3:
+        colour = image[..., :3]
+        if not (colour == colour[..., :1]).all():
+            raise DataError(f"{path} is a colour image, expected one channel (near infrared)")
+        image = np.ascontiguousarray(colour[..., 0])
+    return np.asarray(image, dtype=np.uint8)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Returns (height, width) from a PNG's header, without decoding it.
+
+    Raises:
+        DataError: the file is missing, not a PNG, or claims an absurd size.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(_PNG_HEADER)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+    if len(header) < _PNG_HEADER or not header.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise DataError(f"{path} is not a PNG file; fetch it again")
+    width, height = struct.unpack(">II", header[16:24])
+    if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
+        raise DataError(f"{path} claims to be {height} x {width} px, expected up to {_MAX_SIDE}")
+    return height, width
+
+
+def read_label(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Returns a label of classes 0..3 as uint8 of `shape`.
+
+    Raises:
+        DataError: missing, unreadable, of another shape or dtype, or a value outside 0..3.
+    """
+    if path.suffix == ".npy":
+        try:
+            label = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"cannot read label {path}: {error}; fetch it again") from error
+        if not isinstance(label, np.ndarray) or label.dtype.kind not in "bui":
+            raise DataError(f"{path} holds {getattr(label, 'dtype', 'an archive')}, expected uint8")
+    else:
+        label = read_image(path)
+    if label.shape != shape:
+        raise DataError(f"{path} has shape {label.shape}, but its image has {shape}")
+    lowest, highest = int(label.min()), int(label.max())
+    if lowest < 0 or highest >= EYE_CLASSES:
+        raise DataError(
+            f"{path} has values {lowest}..{highest}, expected classes 0 background, 1 sclera, "
+            "2 iris, 3 pupil (or 0 background, 1 pupil)"
+        )
+    return np.asarray(label, dtype=np.uint8)
+
+
+def pupil_of(label: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
+    """Returns the pupil as {0, 1} from a label of four classes; one of two as it is."""
+    if classes == EYE_CLASSES:
+        return (label == PUPIL_OF_FOUR).astype(np.uint8)
+    return label
+
+
+def letterbox_box(height: int, width: int, mode: str) -> tuple[int, int, int, int]:
+    """Returns top, left, height, width of where a frame lies in 400 x 640.
+
+    "letterbox" keeps the aspect and centres; "stretch" fills.
+    """
+    if mode == "stretch":
+        return 0, 0, HEIGHT, WIDTH
+    scale = min(HEIGHT / height, WIDTH / width)
+    new_height = min(HEIGHT, max(1, round(height * scale)))
+    new_width = min(WIDTH, max(1, round(width * scale)))
+    return (HEIGHT - new_height) // 2, (WIDTH - new_width) // 2, new_height, new_width
+
+
+def fit_frame(
+    image: NDArray[np.uint8], label: NDArray[np.uint8], mode: str
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Returns image and label at 400 x 640, moved alike; unchanged if they have that size.
+
+    The image is averaged (INTER_AREA) where it shrinks and interpolated where it grows; the label
+    takes the nearest pixel's class, sampled at pixel centres as the image is. Bars are 0.
+
+    Args:
+        image: uint8 (H, W).
+        label: uint8 (H, W).
+        mode: "letterbox" or "stretch".
+    """
+    if image.shape == SHAPE:
+        return image, label
+    top, left, height, width = letterbox_box(image.shape[0], image.shape[1], mode)
+    shrinks = height * width < image.shape[0] * image.shape[1]
+    fitted = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    area = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    for target, source, how in zip(
+        fitted, (image, label), (area, cv2.INTER_NEAREST_EXACT), strict=True
+    ):
+        target[top : top + height, left : left + width] = cv2.resize(
+            source, (width, height), interpolation=how
+        )
+    return fitted

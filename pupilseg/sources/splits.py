@@ -1,0 +1,57 @@
+"""Names of splits and the order of names, shared by the sources."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pupilseg.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path, PurePosixPath
+
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""How data sets spell their splits. A test split is read by nothing here."""
+_FILE = re.compile(rf"({'|'.join(SPLIT_FOLDERS)})(?:[-_.].*)?", re.IGNORECASE)
+_DIGITS = re.compile(r"(\d+)")
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Returns a sort key that puts "S_2/10" after "S_2/9"."""
+    return tuple(
+        (0, int(part), part) if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(name)
+    )
+
+
+def split_of(path: PurePosixPath) -> str | None:
+    """Returns the split that a file's folders or name say: `val/x.parquet`, `train-00000.parquet`.
+
+    The outermost folder that names a split wins; None if nothing does.
+    """
+    for folder in path.parts[:-1]:
+        if folder.lower() in SPLIT_FOLDERS:
+            return SPLIT_FOLDERS[folder.lower()]
+    match = _FILE.fullmatch(path.name)
+    return SPLIT_FOLDERS[match[1].lower()] if match else None
+
+
+def missing_split(where: Path | str, split: str, expected: str, found: Iterable[str]) -> DataError:
+    """Returns the error for a source without one of its splits."""
+    names = sorted(set(found))
+    has = f"found: {', '.join(names)}" if names else "found none"
+    test = (
+        "; a test split is never used in its place: rename it if you mean to"
+        if "test" in names
+        else ""
+    )
+    return DataError(f"{where} has no {split} split; expected {expected}, {has}{test}")

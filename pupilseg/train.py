@@ -1,0 +1,144 @@
+"""From shards to a trained network: what every training program calls.
+
+`pipeline.train` and the scripts in training/ parse flags and call `train`, so that they cannot
+differ.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from pupilseg.checkpoint import CHECKPOINT_NAMES
+from pupilseg.engine import FitResult, TrainConfig, fit
+from pupilseg.files import atomic_path
+from pupilseg.loader import make_loader
+from pupilseg.models import create_model
+from pupilseg.shards import open_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+log = logging.getLogger(__name__)
+
+HISTORY_NAME = "{model}_history.csv"
+RENDERED_LICENCE = "MIT; trained on rendered eyes only"
+DATA_LICENCE = "bound by the licence of its training data; OpenEDS is for research only"
+
+
+def train(
+    config: TrainConfig,
+    shards_dir: Path,
+    output_dir: Path,
+    *,
+    device: torch.device,
+    resume: Path | None = None,
+    limit: int | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> FitResult:
+    """Trains a network on a directory of shards.
+
+    Args:
+        config: what to train and how.
+        shards_dir: holds train/ and validation/.
+        output_dir: gets the checkpoints and `{model}_history.csv`.
+        device: where to train.
+        resume: a training state to go on from.
+        limit: use the first `limit` frames of each split only.
+        on_epoch: called with each epoch's row.
+
+    Raises:
+        PupilSegError: as `open_shards` and `fit`.
+    """
+    with (
+        open_shards(shards_dir / "train") as train_shards,
+        open_shards(shards_dir / "validation") as valid_shards,
+        make_loader(
+            train_shards,
+            batch_size=config.batch_size,
+            device=device,
+            shuffle=True,
+            seed=config.seed,
+            drop_last=True,
+            limit=limit,
+        ) as train_loader,
+        make_loader(
+            valid_shards, batch_size=config.batch_size, device=device, limit=limit
+        ) as valid_loader,
+    ):
+        _announce(config, device, train_loader.samples, valid_loader.samples, train_shards.manifest)
+        result = fit(
+            config,
+            train_loader,
+            valid_loader,
+            output_dir,
+            device=device,
+            card=data_card(train_shards.manifest),
+            resume=resume,
+            on_epoch=on_epoch,
+        )
+    write_history(output_dir / HISTORY_NAME.format(model=config.model), result.history)
+    return result
+
+
+def data_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a model file says of its data, from the manifest of its training shards."""
+    source = str(manifest["source"])
+    rendered = source.startswith("synthetic:")
+    return {
+        "data": source,
+        "split_rule": manifest["split_rule"],
+        "train_frames": manifest["rows"],
+        "preprocessing": manifest["preprocessing"],
+        "licence": RENDERED_LICENCE if rendered else DATA_LICENCE,
+    }
+
+
+def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Writes a row an epoch as CSV, for plots and DVC."""
+    if not history:
+        return
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """Returns an epoch's row as a line of fixed columns."""
+    seconds = row["train_seconds"] + row["valid_seconds"]
+    return (
+        f"epoch {int(row['epoch']):3d}/{epochs}  loss {row['train_loss']:7.4f} train "
+        f"{row['valid_loss']:7.4f} valid  mIoU {row['valid_iou']:.4f}  pupil IoU "
+        f"{row['valid_pupil_iou']:.4f}  centre {row['valid_center_px']:6.2f} px  "
+        f"found {row['valid_found']:.3f}  {seconds:5.1f} s"
+    )
+
+
+def _announce(
+    config: TrainConfig,
+    device: torch.device,
+    train_frames: int,
+    valid_frames: int,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Says what is about to be trained, on what and where."""
+    model = create_model(config.model, **config.architecture)
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info(
+        "train %s (%s parameters) on %s, %d frames, %d for validation, on %s; best goes to %s",
+        config.model,
+        f"{parameters:,}",
+        manifest["source"],
+        train_frames,
+        valid_frames,
+        device,
+        CHECKPOINT_NAMES[config.model].best,
+    )
+    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))

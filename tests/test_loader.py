@@ -1,0 +1,395 @@
+"""Loader: right numbers in every mode, each index once in a known order, clean ends."""
+
+import threading
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from fakes import FakeDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pupilseg.errors import DataError, UsageError
+from pupilseg.loader import Batch, Loader, epoch_order, make_loader
+from pupilseg.shards import open_shards, write_shards
+
+SAMPLES = 11
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+ON_DEVICE = [
+    pytest.param("resident", marks=[pytest.mark.gpu, needs_cuda]),
+    pytest.param("stream", marks=[pytest.mark.gpu, needs_cuda]),
+]
+
+
+@pytest.fixture(scope="module", params=["usual", "mixed"])
+def shards(request, tmp_path_factory):
+    """Three files; in "mixed" they differ in their encodings and in the value of their weights."""
+    odd = {}
+    if request.param == "mixed":
+        odd = {
+            "bring_weights": dict.fromkeys(range(4), 3.5),
+            "odd_weights": frozenset({5}),
+            "odd_maps": frozenset({9}),
+        }
+    path = tmp_path_factory.mktemp(request.param)
+    write_shards(FakeDataset(train=SAMPLES, **odd), "train", path, rows_per_shard=4)
+    with open_shards(path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    path = tmp_path_factory.mktemp("few")
+    write_shards(FakeDataset(train=SAMPLES), "train", path, rows_per_shard=16)
+    with open_shards(path) as opened:
+        yield opened
+
+
+def loader_threads():
+    return [t for t in threading.enumerate() if t.name == "pupilseg-loader"]
+
+
+def indices(loader):
+    return [batch.index.tolist() for batch in loader]
+
+
+def check_values(shards, batch, device="cpu"):
+    """Compares a batch with `shards.sample`, to the bit."""
+    size = len(batch.index)
+    assert len(batch) == size
+    for name, shape, dtype in [
+        ("image", (1, 400, 640), torch.float32),
+        ("label", (400, 640), torch.int64),
+        ("spatial_weights", (400, 640), torch.float32),
+        ("dist_map", (2, 400, 640), torch.float32),
+        ("ellipse", (4,), torch.float32),
+        ("index", (), torch.int64),
+    ]:
+        tensor = getattr(batch, name)
+        assert tensor.shape == (size, *shape)
+        assert tensor.dtype == dtype
+        assert tensor.device.type == device
+    for row, index in enumerate(batch.index.tolist()):
+        sample = shards.sample(index)
+        image = (torch.from_numpy(sample["image"]).float() / 255 - 0.5) / 0.5
+        assert torch.equal(batch.image[row, 0].cpu(), image)
+        np.testing.assert_array_equal(batch.label[row].cpu(), sample["label"])
+        for name in ("spatial_weights", "dist_map", "ellipse"):
+            found = getattr(batch, name)[row].cpu().numpy()
+            assert found.tobytes() == sample[name].tobytes(), (name, index)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threaded": True}, {"threaded": False}, {"mode": "resident"}, {"ring": 3}],
+    ids=str,
+)
+def test_batches_hold_what_the_shards_hold(shards, options):
+    seen = []
+    with make_loader(shards, batch_size=4, shuffle=True, seed=3, **options) as loader:
+        assert len(loader) == 3
+        for batch in loader:
+            check_values(shards, batch)
+            seen += batch.index.tolist()
+    assert seen == np.random.default_rng([3, 0]).permutation(SAMPLES).tolist()
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize("mode", ON_DEVICE)
+def test_batches_on_a_device_equal_those_of_the_cpu(shards, mode):
+    with make_loader(shards, batch_size=4, shuffle=True, device="cuda", mode=mode) as loader:
+        assert loader.mode == mode
+        for _ in range(3):
+            for batch in loader:
+                check_values(shards, batch, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_slow_consumer_on_the_device_keeps_its_batches(few):
+    with make_loader(few, batch_size=2, shuffle=True, device="cuda", mode="stream") as loader:
+        held = []
+        for batch in loader:
+            torch.cuda._sleep(50_000_000)  # the device is behind while the thread runs ahead
+            held.append(batch)
+        for batch in held:
+            check_values(few, batch, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_drawing_a_batch_does_not_wait_for_the_device(few, mode):
+    with make_loader(few, batch_size=2, device="cuda", mode=mode) as loader:
+        list(loader)
+        iterator = iter(loader)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(len(loader)):
+                next(iterator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_device_that_is_not_there_is_refused(few):
+    with pytest.raises(UsageError, match="device 'cuda' is not there"):
+        make_loader(few, batch_size=1, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"mode": "fast"}, "unknown loader mode 'fast'; choose one of: auto"),
+        ({"rank": 2, "world_size": 2}, "rank = 2"),
+        ({"limit": 0}, "limit = 0"),
+        ({"columns": ("image", "mask")}, "unknown columns .'mask'"),
+    ],
+)
+def test_requests_without_sense_are_refused(few, options, message):
+    with pytest.raises(UsageError, match=message):
+        make_loader(few, **({"batch_size": 1} | options))
+
+
+def test_buffers_are_reused_and_live_as_documented(few):
+    for ring in (2, 3):
+        with make_loader(few, batch_size=2, ring=ring) as loader:
+            pointers, kept = set(), []
+            for batch in loader:
+                pointers.add(batch.dist_map.data_ptr())
+                kept.append((batch, batch.dist_map.clone(), batch.image.clone()))
+                for old, dist_map, image in kept[-(ring - 1) :]:
+                    assert torch.equal(old.dist_map, dist_map)
+                    assert torch.equal(old.image, image)
+            assert len(pointers) == ring
+
+
+def test_columns_not_asked_for_are_empty(few):
+    with make_loader(few, batch_size=2, columns=("image", "dist_map")) as loader:
+        batch = next(iter(loader))
+        assert batch.label.shape == batch.ellipse.shape == batch.spatial_weights.shape == (0,)
+        assert batch.dist_map.shape == (2, 2, 400, 640)
+    with make_loader(few, batch_size=2, columns=("dist_map",), mode="resident") as loader:
+        other = next(iter(loader))
+        assert other.label.shape == (0,)
+        np.testing.assert_array_equal(other.dist_map[1], few.sample(1)["dist_map"])
+
+
+def test_label_dtype(few):
+    for mode in ("auto", "resident"):
+        with make_loader(few, batch_size=2, label_dtype=torch.uint8, mode=mode) as loader:
+            batch = next(iter(loader))
+            assert batch.label.dtype == torch.uint8
+            np.testing.assert_array_equal(batch.label[1], few.sample(1)["label"])
+
+
+class NoFeed:
+    """A feed without tensors, for tests of order alone."""
+
+    name = "none"
+
+    def batches(self, plan):
+        yield from ({} for _ in plan)
+
+    def close(self):
+        pass
+
+
+def order_loader(samples, batch_size, **options):
+    defaults = {"shuffle": True, "seed": 0, "drop_last": False, "rank": 0, "world_size": 1}
+    return Loader(
+        NoFeed(),
+        samples=samples,
+        batch_size=batch_size,
+        device=torch.device("cpu"),
+        **(defaults | options),
+    )
+
+
+plans = {
+    "samples": st.integers(1, 60),
+    "batch_size": st.integers(1, 9),
+    "world_size": st.integers(1, 4),
+    "seed": st.integers(0, 2**40),
+    "epoch": st.integers(0, 1000),
+    "shuffle": st.booleans(),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(**plans)
+def test_each_index_once_an_epoch_over_all_ranks(
+    samples, batch_size, world_size, seed, epoch, shuffle
+):
+    loaders = [
+        order_loader(samples, batch_size, seed=seed, shuffle=shuffle, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    drawn = []
+    for loader in loaders:
+        loader.set_epoch(epoch)
+        batches = indices(loader)
+        assert len(batches) == len(loader)
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert sum(map(len, batches)) == loader.samples
+        drawn.append(batches)
+    assert sorted(i for rank in drawn for batch in rank for i in batch) == list(range(samples))
+    whole = order_loader(samples, batch_size * world_size, seed=seed, shuffle=shuffle)
+    whole.set_epoch(epoch)
+    for step, wanted in enumerate(indices(whole)):
+        together = [i for rank in drawn if step < len(rank) for i in rank[step]]
+        assert sorted(together) == sorted(wanted), "ranks share one process's larger batch"
+
+
+@settings(max_examples=100, deadline=None)
+@given(**plans)
+def test_drop_last_gives_full_batches_and_equal_ranks(
+    samples, batch_size, world_size, seed, epoch, shuffle
+):
+    lengths, drawn = set(), []
+    for rank in range(world_size):
+        loader = order_loader(
+            samples, batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=world_size,
+            drop_last=True,
+        )  # fmt: skip
+        loader.set_epoch(epoch)
+        batches = indices(loader)
+        assert all(len(batch) == batch_size for batch in batches)
+        lengths.add(len(batches))
+        drawn += [i for batch in batches for i in batch]
+    assert lengths == {samples // world_size // batch_size}
+    assert len(set(drawn)) == len(drawn)
+
+
+@settings(max_examples=100, deadline=None)
+@given(**plans, stop=st.integers(0, 60))
+def test_a_restored_loader_goes_on_where_it_was(
+    samples, batch_size, world_size, seed, epoch, shuffle, stop
+):
+    options = {"seed": seed, "shuffle": shuffle, "world_size": world_size}
+    first = order_loader(samples, batch_size, **options)
+    first.set_epoch(epoch)
+    plan = indices(first)
+    first.set_epoch(epoch)
+    iterator = iter(first)
+    stop = min(stop, len(plan))
+    for _ in range(stop):
+        next(iterator)
+    state = first.state_dict()
+    second = order_loader(samples, batch_size, **options)
+    second.load_state_dict(state)
+    assert second.state_dict() == state or stop == len(plan)
+    if stop < len(plan):
+        second.set_epoch(epoch)  # what a training loop does at the start of each epoch
+        assert indices(second) == plan[stop:]
+    assert second.epoch == epoch + 1
+    rest = list(iterator)
+    assert len(rest) == len(plan) - stop
+    assert indices(second) == indices(first), "the epoch after"
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    assert epoch_order(9, 1, 2, shuffle=True).tolist() == [
+        *np.random.default_rng([1, 2]).permutation(9)
+    ]
+    loader = order_loader(30, 4)
+    epochs = [indices(loader) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2], "a complete epoch moves to the next"
+    loader.set_epoch(1)
+    assert indices(loader) == epochs[1]
+    assert indices(order_loader(30, 4, seed=1)) != epochs[0]
+    assert indices(order_loader(5, 2, shuffle=False)) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_state_of_other_settings_is_refused():
+    state = order_loader(30, 4).state_dict()
+    for options in ({"seed": 1}, {"shuffle": False}, {"drop_last": True}):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            order_loader(30, 4, **options).load_state_dict(state)
+    with pytest.raises(UsageError, match="samples = 30, this loader 31"):
+        order_loader(31, 4).load_state_dict(state)
+    with pytest.raises(UsageError, match="at batch 9 of 8"):
+        order_loader(30, 4).load_state_dict(state | {"position": 9})
+
+
+def test_resuming_in_the_middle_gives_the_same_tensors(few):
+    with make_loader(few, batch_size=3, shuffle=True) as loader:
+        wanted = [(b.index.tolist(), b.image.clone()) for b in loader]
+        loader.set_epoch(0)
+        iterator = iter(loader)
+        next(iterator)
+        state = loader.state_dict()
+    assert state["position"] == 1
+    with make_loader(few, batch_size=3, shuffle=True) as loader:
+        loader.load_state_dict(state)
+        for batch, (index, image) in zip(loader, wanted[1:], strict=True):
+            assert batch.index.tolist() == index
+            assert torch.equal(batch.image, image)
+
+
+def test_limit_takes_the_first_samples(few):
+    for mode in ("auto", "resident"):
+        with make_loader(few, batch_size=2, shuffle=True, limit=5, mode=mode) as loader:
+            assert sorted(i for batch in indices(loader) for i in batch) == [0, 1, 2, 3, 4]
+    with make_loader(few, batch_size=64, limit=500) as loader:
+        assert indices(loader) == [list(range(SAMPLES))]
+
+
+def test_a_new_iteration_ends_the_one_before(few):
+    with make_loader(few, batch_size=2) as loader:
+        first = iter(loader)
+        next(first)
+        assert len(indices(loader)) == 6
+        assert next(first, None) is None
+        for _ in loader:
+            break
+        assert loader.state_dict()["position"] == 1
+        assert next(iter(loader)).index.tolist() == [0, 1], "after a break it starts anew"
+    assert not loader_threads()
+
+
+def test_a_damaged_row_raises_in_the_consumer(tmp_path):
+    write_shards(FakeDataset(train=4), "train", tmp_path, rows_per_shard=2)
+    path = tmp_path / "shard-00001.arrow"
+    with open_shards(tmp_path) as shards:
+        view = shards.shards[1].fields["dist_map_first"]
+        offset = view.ctypes.data - np.frombuffer(shards._mappings[1], np.uint8).ctypes.data
+    data = bytearray(path.read_bytes())
+    data[offset + 1600 + 2] = 0xFF  # second row of the file: u^2 of 16 million
+    path.write_bytes(data)
+    for threaded in (True, False):
+        with open_shards(tmp_path) as shards:
+            loader = make_loader(shards, batch_size=1, threaded=threaded)
+            drawn = []
+            with pytest.raises(DataError, match=r"shard-00001.arrow, row 1: dist_map") as caught:
+                drawn += [batch.index.item() for batch in loader]
+            assert "in distances" in "".join(
+                traceback.format_tb(caught.value.__cause__.__traceback__)
+            )
+            loader.close()
+    assert not loader_threads()
+
+
+def test_many_loaders_leave_no_thread(few):
+    for _ in range(50):
+        with make_loader(few, batch_size=4) as loader:
+            next(iter(loader))
+    abandoned = make_loader(few, batch_size=4)
+    next(iter(abandoned))
+    del abandoned
+    assert not loader_threads()
+
+
+def test_waiting_is_counted(few):
+    with make_loader(few, batch_size=4, threaded=False) as loader:
+        list(loader)
+        assert 0 < loader.wait_s < 60
+
+
+def test_batch_is_public():
+    assert list(Batch.__slots__) == [
+        "image", "label", "spatial_weights", "dist_map", "ellipse", "index",
+    ]  # fmt: skip

@@ -1,0 +1,11 @@
+"""Trains the ellipse regressor on this machine: downloads and materializes on first use.
+
+python training/train_ellipse_local.py --data-dir ~/.cache/openeds [--dataset SRC] [...]
+"""
+
+from local import main
+
+from pupilseg.program import run
+
+if __name__ == "__main__":
+    run(lambda: main("ellipse"))
