@@ -9,9 +9,10 @@ import argparse
 from pathlib import Path
 
 from pupilseg.device import find_device
+from pupilseg.history import epoch_line
 from pupilseg.models import model_entry
 from pupilseg.program import run
-from pupilseg.train import epoch_line, train
+from pupilseg.train import train
 from pupilseg.train_flags import add_train_arguments, config_from, resume_file
 
 

@@ -60,6 +60,8 @@ def _flip(batch: Batch, probability: float, generator: torch.Generator) -> Batch
     flip = torch.rand(n, generator=generator, device=device) < probability
 
     def mirror(x: Tensor) -> Tensor:
+        if x.numel() == 0:  # a column that the loader was not asked for
+            return x
         return torch.where(flip.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
     width = batch.image.shape[-1]

@@ -11,14 +11,15 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pupilseg.errors import CheckpointError
+from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.files import atomic_path
-from pupilseg.models import create_model, model_entry
+from pupilseg.models import create_model
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +32,15 @@ CARD_MEMBER = "archive/pupilseg.json"
 """Name of the description inside the archive; "archive" is the root that torch.save gives it."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Zip's earliest date: the same weights give the same bytes whenever they are written."""
+_NOT_AN_ARCHIVE = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError),
+)
+"""What zipfile and json raise on damaged bytes (found by flipping bits)."""
+_REFUSED = (
+    *(pickle.UnpicklingError, AttributeError, EOFError, LookupError, RuntimeError, TypeError),
+    ValueError,
+)
+"""What torch.load raises on a pickle that is no checkpoint (found by flipping bits)."""
 
 
 class CheckpointNames(NamedTuple):
@@ -51,6 +61,11 @@ class CheckpointNames(NamedTuple):
         """The full training state, for `--resume`."""
         return self.best.replace("best_", "").replace("_model.pt", "_training_state.pt")
 
+    @property
+    def history(self) -> str:
+        """A row an epoch as CSV, for plots and DVC."""
+        return self.best.replace("best_", "").replace("_model.pt", "_history.csv")
+
 
 CHECKPOINT_NAMES = {
     "efficientvit": CheckpointNames(
@@ -66,7 +81,10 @@ CHECKPOINT_NAMES = {
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns detached, contiguous CPU copies of the weights, without a compiler's prefix."""
     return {
-        name.replace("_orig_mod.", ""): value.detach().to("cpu", copy=True).contiguous()
+        # `contiguous()` would keep the strides of a 1x1 kernel in channels_last, and store them.
+        name.replace("_orig_mod.", ""): value.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
     }
 
@@ -82,16 +100,53 @@ def save_model(
         card: JSON-able description; `model` and `architecture` must be in it.
 
     Raises:
+        ValueError: the card holds NaN or infinity, which JSON has no name for.
         OutputError: the disk is full or read-only.
     """
     buffer = io.BytesIO()
     # A fresh dict: an nn.Module's own carries a `_metadata` attribute that is pickled along.
     torch.save(dict(weights), buffer)
-    text = json.dumps({"format": FORMAT_VERSION, **card}, indent=2, ensure_ascii=False)
+    text = json.dumps(
+        {"format": FORMAT_VERSION, **card}, indent=2, ensure_ascii=False, allow_nan=False
+    )
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr(zipfile.ZipInfo(CARD_MEMBER, _EPOCH), text)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
+
+
+def _checked(path: Path) -> dict[str, Any] | None:
+    """Reads every byte of an archive against its checksums, which torch itself does not do.
+
+    Returns:
+        The description inside; None where there is none (a training state).
+
+    Raises:
+        CheckpointError: the file is missing, cannot be read, is no archive, or is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"checksum of {damaged!r} differs")
+            if CARD_MEMBER not in archive.namelist():
+                return None
+            card = json.loads(archive.read(CARD_MEMBER))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no file {path}; train a model with `python -m pipeline.train`"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error.strerror}), expected a model file (*.pt)"
+        ) from error
+    except _NOT_AN_ARCHIVE as error:
+        raise CheckpointError(
+            f"{path} is not a model file or is damaged ({error}); train again or copy it anew"
+        ) from error
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{path} has a damaged {CARD_MEMBER}; train again or copy it anew")
+    return card
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -101,24 +156,12 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, foreign, or of a newer format.
     """
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            card: dict[str, Any] = json.loads(archive.read(CARD_MEMBER))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no model file {path}; train one with `python -m pipeline.train`"
-        ) from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path} is a directory, expected a model file (*.pt)") from error
-    except (zipfile.BadZipFile, json.JSONDecodeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path} is not a model file or is damaged ({error}); train again or copy it anew"
-        ) from error
-    except KeyError as error:
+    card = _checked(path)
+    if card is None:
         raise CheckpointError(
             f"{path} does not say which network it holds (no {CARD_MEMBER} inside); pass a file "
             "written by pupilseg, or build the network with create_model() and load_state_dict()"
-        ) from error
+        )
     if card.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {card.get('format')!r}, this version of pupilseg reads "
@@ -134,15 +177,20 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: missing, damaged, or holding anything but tensors and plain values.
     """
     path = Path(path)
+    _checked(path)
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except _REFUSED as error:
+        # torch's own text advises to load without the restriction; it must not reach a user.
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({reason}); train again or copy it anew"
+            f"{path} holds something else than tensors and plain values, and was not loaded; "
+            "give a file written by pupilseg"
         ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}, expected named tensors; give a file written "
+            "by pupilseg"
+        )
     return loaded
 
 
@@ -155,7 +203,7 @@ def load_weights(
         CheckpointError: names or shapes differ; the first difference is in the message.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
     if expected != found:
         differ = sorted(
             name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
@@ -180,8 +228,13 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         CheckpointError: the file is missing, damaged or foreign.
     """
     card = read_card(path)
-    model_entry(card["model"])
-    model = create_model(card["model"], **_tuples(card["architecture"]))
+    try:
+        model = create_model(card["model"], **_tuples(card["architecture"]))
+    except (UsageError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} describes a network that this version of pupilseg cannot build ({error}); "
+            "upgrade pupilseg or give another file"
+        ) from error
     load_weights(model, load_tensors(path), path)
     model.card = card  # type: ignore[assignment]  # nn.Module types every attribute as a tensor
     return model.to(device).eval()

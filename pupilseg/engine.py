@@ -26,6 +26,7 @@ from pupilseg.checkpoint import (
     save_state,
 )
 from pupilseg.errors import CheckpointError, UsageError
+from pupilseg.history import write_history
 from pupilseg.losses import (
     ELLIPSE_TERMS,
     SEGMENTATION_TERMS,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from pupilseg.loader import Loader
 
 log = logging.getLogger(__name__)
+
+STATE_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Returns all that a later process needs to go on after this epoch."""
         return {
-            "format": 1,
+            "format": STATE_FORMAT,
             "config": json.dumps(asdict(self.config)),
             "total_steps": self.total_steps,
             "epoch": self.epoch,
@@ -200,6 +203,11 @@ class Run:
         if "averaged_steps" not in state:
             raise CheckpointError(
                 f"{path} is not a training state; give the *_training_state.pt beside the model"
+            )
+        if state["format"] != STATE_FORMAT:
+            raise CheckpointError(
+                f"{path} has format {state['format']!r}, this version of pupilseg reads "
+                f"{STATE_FORMAT}; upgrade pupilseg, or start anew without --resume"
             )
         stored = json.loads(state["config"])
         own = json.loads(json.dumps(asdict(self.config)))
@@ -280,8 +288,8 @@ def fit(
             f"{len(train_loader)} training and {len(valid_loader)} validation batches of "
             f"{config.batch_size}: give more frames or a smaller --batch-size"
         )
-    names = CHECKPOINT_NAMES[config.model]
     run = Run(config, device, len(train_loader) * config.epochs)
+    names = CHECKPOINT_NAMES[config.model]
     if resume is not None:
         run.restore(resume)
         log.info("resumed %s after epoch %d", resume, run.epoch)
@@ -342,7 +350,10 @@ def _write(run: Run, output_dir: Path, card: Mapping[str, Any], *, improved: boo
             "model": run.config.model,
             "architecture": run.config.architecture,
             "epoch": run.epoch,
-            "metrics": {k: v for k, v in row.items() if k.startswith("valid_")},
+            # JSON has no NaN, which is what an epoch without any pupil has for its centre.
+            "metrics": {
+                k: v for k, v in row.items() if k.startswith("valid_") and math.isfinite(v)
+            },
             "config": asdict(run.config),
             **card,
         }
@@ -353,6 +364,7 @@ def _write(run: Run, output_dir: Path, card: Mapping[str, Any], *, improved: boo
         if numbered or (names.every and run.epoch == run.config.epochs):
             name = names.epoch.format(epoch=run.epoch, miou=row["valid_iou"])
             save_model(output_dir / name, weights, full_card)
+    write_history(output_dir / names.history, run.history)
     save_state(output_dir / names.state, run.state())
 
 

@@ -69,7 +69,8 @@ def export_onnx(model_file: Path, out: Path) -> dict[str, Any]:
     card: dict[str, Any] = model.card  # type: ignore[assignment]  # set by load_model
     task = model_entry(card["model"]).task
     proto = to_onnx(model, OUTPUT_NAMES[task])
-    metadata = metadata_of(card, task)
+    parameters = sum(p.numel() for p in model.parameters())
+    metadata = {**metadata_of(card, task, str(model_file)), "parameters": str(parameters)}
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     encoded = proto.SerializeToString(deterministic=True)
@@ -151,8 +152,18 @@ def strip(proto: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
-def metadata_of(card: dict[str, Any], task: str) -> dict[str, str]:
-    """Returns what an ONNX file says of itself, as text by key."""
+def metadata_of(card: dict[str, Any], task: str, name: str) -> dict[str, str]:
+    """Returns what an ONNX file says of itself, as text by key.
+
+    Raises:
+        CheckpointError: the model file does not say what it was trained on.
+    """
+    for key in ("preprocessing", "data", "licence"):
+        if not isinstance(card.get(key), str):
+            raise CheckpointError(
+                f"{name} does not say its {key!r}, which its ONNX form must carry; give a file "
+                "that `python -m pipeline.train` wrote"
+            )
     return {
         "model": card["model"],
         "task": task,

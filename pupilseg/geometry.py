@@ -139,3 +139,16 @@ def ellipse_mask(
     across = (y * cos - x * sin) / ellipse.semi_axis_b_px
     mask[along**2 + across**2 <= 1] = 1
     return mask
+
+
+def letterbox_box(height: int, width: int, mode: str) -> tuple[int, int, int, int]:
+    """Returns top, left, height, width of where a frame lies in 400 x 640.
+
+    "letterbox" keeps the aspect and centres; "stretch" fills.
+    """
+    if mode == "stretch":
+        return 0, 0, HEIGHT, WIDTH
+    scale = min(HEIGHT / height, WIDTH / width)
+    new_height = min(HEIGHT, max(1, round(height * scale)))
+    new_width = min(WIDTH, max(1, round(width * scale)))
+    return (HEIGHT - new_height) // 2, (WIDTH - new_width) // 2, new_height, new_width

@@ -7,18 +7,22 @@ alone, so everything is written in z: half the passes over memory of the form wi
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from pupilseg.metrics import ellipse_px
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pupilseg.loader import Batch
+    from pupilseg.models.ellipse import EllipseOutput
 
 SEGMENTATION_TERMS = ("loss", "ce_loss", "dice_loss", "surface_loss")
-ELLIPSE_TERMS = ("loss", "center_loss", "radius_loss")
+ELLIPSE_TERMS = ("loss", "center_loss", "radius_loss", "heat_loss")
 ALPHA_EPOCHS = 125
 """Longest run over which alpha falls, as in RITnet (`train.py`)."""
 RADIUS_WEIGHT = 2.0
@@ -103,7 +107,7 @@ def segmentation_loss(logits: Tensor, batch: Batch, alpha: float) -> dict[str, T
     Returns:
         Scalars under the names of `SEGMENTATION_TERMS`; "loss" carries the gradient.
     """
-    z = (logits[:, 1] - logits[:, 0]).float()
+    z = logits[:, 1].float() - logits[:, 0].float()  # half precision would round, or overflow
     label = batch.label.to(z.dtype)
     probability = torch.sigmoid(z)
     ce = cross_entropy(z, label, batch.spatial_weights)
@@ -113,28 +117,50 @@ def segmentation_loss(logits: Tensor, batch: Batch, alpha: float) -> dict[str, T
     return dict(zip(SEGMENTATION_TERMS, (total, ce, dice, boundary), strict=True))
 
 
-def ellipse_loss(prediction: Tensor, batch: Batch, alpha: float) -> dict[str, Tensor]:
-    """Returns the total and its parts: smooth L1 of centre and of semi-axes, in units of 10 px.
+def heat_loss(log_heat: Tensor, label: Tensor, has_pupil: Tensor) -> Tensor:
+    """Returns how far a heat map is from the pupil, averaged over the frames that have one.
+
+    Cross-entropy against a target that is uniform over the pupil's pixels, counted per cell, less
+    the target's entropy, so that 0 is perfect (Kullback-Leibler divergence; DSNT section 3.4
+    compares distributions likewise).
+
+    Args:
+        log_heat: (N, h, w) log-probabilities that sum to one over the cells.
+        label: (N, H, W) of {0, 1}; H, W are multiples of h, w.
+        has_pupil: float (N,) of {0, 1}.
+    """
+    cell = (label.shape[1] // log_heat.shape[1], label.shape[2] // log_heat.shape[2])
+    share = functional.avg_pool2d(label[:, None].to(log_heat.dtype), cell)[:, 0]
+    target = share / share.sum(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    divergence = torch.xlogy(target, target) - target * log_heat
+    return (divergence.sum(dim=(1, 2)) * has_pupil).sum() / has_pupil.sum().clamp(min=1)
+
+
+def ellipse_loss(output: Tensor | EllipseOutput, batch: Batch, alpha: float) -> dict[str, Tensor]:
+    """Returns the total and its parts: smooth L1 of centre and semi-axes in units of 10 px, heat.
 
     A frame without a pupil asks for semi-axes of zero and says nothing of the centre.
 
     Args:
-        prediction: (N, 4) normalised cx, cy, rx, ry.
+        output: what the network gives in training mode, or (N, 4) normalised cx, cy, rx, ry.
         batch: the targets.
         alpha: not used; every loss of the loop takes it.
 
     Returns:
-        Scalars under the names of `ELLIPSE_TERMS`; "loss" carries the gradient.
+        Scalars under the names of `ELLIPSE_TERMS`; "loss" carries the gradient. In evaluation there
+        is no heat map: heat_loss is NaN and not part of the total.
     """
     del alpha
-    from pupilseg.geometry import ELLIPSE_SCALE
-
-    tens_of_px = prediction.new_tensor(ELLIPSE_SCALE / 10, dtype=torch.float32)
+    prediction, log_heat = (output, None) if not isinstance(output, tuple) else output
     error = functional.smooth_l1_loss(
-        prediction.float() * tens_of_px, batch.ellipse * tens_of_px, reduction="none"
+        ellipse_px(prediction) / 10, ellipse_px(batch.ellipse) / 10, reduction="none"
     )
     has_pupil = (batch.ellipse[:, 2] > 0).to(error.dtype)
     center = (error[:, :2].sum(dim=1) * has_pupil).sum() / has_pupil.sum().clamp(min=1)
     radius = error[:, 2:].sum(dim=1).mean()
     total = center + RADIUS_WEIGHT * radius
-    return dict(zip(ELLIPSE_TERMS, (total, center, radius), strict=True))
+    heat = total.new_full((), math.nan)
+    if log_heat is not None:
+        heat = heat_loss(log_heat, batch.label, has_pupil)
+        total = total + heat
+    return dict(zip(ELLIPSE_TERMS, (total, center, radius, heat), strict=True))

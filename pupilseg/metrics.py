@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pupilseg.models.ellipse import EllipseOutput
+
 COUNTS = (
     "frames",
     "background_intersection",
@@ -26,18 +28,30 @@ COUNTS = (
 )
 
 
-def predicted_mask(output: Tensor) -> Tensor:
+def predicted_mask(output: Tensor | EllipseOutput) -> Tensor:
     """Returns the pupil mask that a network's output stands for.
 
     Args:
-        output: logits (N, 2, H, W), or normalised ellipses (N, 4).
+        output: logits (N, 2, H, W), normalised ellipses (N, 4), or those with their heat map.
 
     Returns:
         bool (N, 400, 640).
     """
+    if isinstance(output, tuple):
+        output = output.ellipse
     if output.ndim == 4:
         return output[:, 1] > output[:, 0]
     return ellipse_masks(output)
+
+
+def ellipse_px(vectors: Tensor) -> Tensor:
+    """Returns normalised ellipses (N, 4) in px, float32.
+
+    The scale is applied number by number: a constant copied to CUDA would wait for the device.
+    """
+    columns = vectors.float().unbind(dim=1)
+    scaled = (x * float(unit) for x, unit in zip(columns, ELLIPSE_SCALE, strict=True))
+    return torch.stack(list(scaled), dim=1)
 
 
 def ellipse_masks(vectors: Tensor) -> Tensor:
@@ -49,8 +63,7 @@ def ellipse_masks(vectors: Tensor) -> Tensor:
     Returns:
         bool (N, 400, 640); empty where a semi-axis is not positive.
     """
-    scale = torch.as_tensor(ELLIPSE_SCALE, dtype=torch.float32).to(vectors.device)
-    cx, cy, rx, ry = (vectors.float() * scale).unbind(dim=1)
+    cx, cy, rx, ry = ellipse_px(vectors).unbind(dim=1)
     x = torch.arange(WIDTH, device=vectors.device)
     y = torch.arange(HEIGHT, device=vectors.device)
     along_x = ((x - cx[:, None]) / rx[:, None]).square()

@@ -6,7 +6,6 @@ differ.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import logging
@@ -14,20 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.engine import FitResult, TrainConfig, fit
-from pupilseg.files import atomic_path
 from pupilseg.loader import make_loader
 from pupilseg.models import create_model
 from pupilseg.shards import open_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
 
 log = logging.getLogger(__name__)
 
-HISTORY_NAME = "{model}_history.csv"
 RENDERED_LICENCE = "MIT; trained on rendered eyes only"
 DATA_LICENCE = "bound by the licence of its training data; OpenEDS is for research only"
 
@@ -73,7 +70,7 @@ def train(
         ) as valid_loader,
     ):
         _announce(config, device, train_loader.samples, valid_loader.samples, train_shards.manifest)
-        result = fit(
+        return fit(
             config,
             train_loader,
             valid_loader,
@@ -83,8 +80,6 @@ def train(
             resume=resume,
             on_epoch=on_epoch,
         )
-    write_history(output_dir / HISTORY_NAME.format(model=config.model), result.history)
-    return result
 
 
 def data_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,27 +93,6 @@ def data_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "preprocessing": manifest["preprocessing"],
         "licence": RENDERED_LICENCE if rendered else DATA_LICENCE,
     }
-
-
-def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Writes a row an epoch as CSV, for plots and DVC."""
-    if not history:
-        return
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
-
-
-def epoch_line(row: Mapping[str, float], epochs: int) -> str:
-    """Returns an epoch's row as a line of fixed columns."""
-    seconds = row["train_seconds"] + row["valid_seconds"]
-    return (
-        f"epoch {int(row['epoch']):3d}/{epochs}  loss {row['train_loss']:7.4f} train "
-        f"{row['valid_loss']:7.4f} valid  mIoU {row['valid_iou']:.4f}  pupil IoU "
-        f"{row['valid_pupil_iou']:.4f}  centre {row['valid_center_px']:6.2f} px  "
-        f"found {row['valid_found']:.3f}  {seconds:5.1f} s"
-    )
 
 
 def _announce(

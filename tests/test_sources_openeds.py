@@ -11,8 +11,9 @@ import pytest
 from source_data import four_classes, frame, write_openeds
 
 from pupilseg.errors import DataError
+from pupilseg.geometry import letterbox_box
 from pupilseg.sources import SourceOptions, download, open_dataset
-from pupilseg.sources.frames import fit_frame, letterbox_box
+from pupilseg.sources.frames import fit_frame
 from pupilseg.sources.splits import natural_key
 
 

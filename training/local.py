@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from pupilseg.device import find_device
+from pupilseg.history import epoch_line
 from pupilseg.prepare import ensure_shards
 from pupilseg.preprocess import NONE, PREPROCESSINGS
-from pupilseg.train import epoch_line, train
+from pupilseg.train import train
 from pupilseg.train_flags import add_train_arguments, config_from, resume_file
 
 DATASET = "Conner/sddec25-01"

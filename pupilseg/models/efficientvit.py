@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.models.layers import CascadedGroupAttention, ConvNorm, SandwichBlock
 
 ATTENTION_STRIDES = (4, 2, 1)
@@ -78,7 +79,16 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(_stage(arch, index) for index in range(len(dims)))
 
     def forward(self, image: Tensor) -> Features:
-        """Maps images (N, 1, 400, 640) in [-1, 1] to the maps of the three stages."""
+        """Maps images (N, 1, 400, 640) in [-1, 1] to the maps of the three stages.
+
+        Raises:
+            ValueError: another shape; some would fit the windows and give wrong numbers.
+        """
+        if tuple(image.shape[1:]) != (1, HEIGHT, WIDTH):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}, expected (N, 1, {HEIGHT}, {WIDTH}); resize "
+                "or letterbox it"
+            )
         quarter = self.stages[0](self.stem(image))
         eighth = self.stages[1](self.merges[0](quarter))
         sixteenth = self.stages[2](self.merges[1](eighth))

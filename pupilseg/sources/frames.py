@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from pupilseg.errors import DataError
-from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.geometry import letterbox_box
 from pupilseg.sources.sample import EYE_CLASSES, PUPIL_OF_FOUR, SHAPE
 
 if TYPE_CHECKING:
@@ -93,19 +93,6 @@ def pupil_of(label: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
     if classes == EYE_CLASSES:
         return (label == PUPIL_OF_FOUR).astype(np.uint8)
     return label
-
-
-def letterbox_box(height: int, width: int, mode: str) -> tuple[int, int, int, int]:
-    """Returns top, left, height, width of where a frame lies in 400 x 640.
-
-    "letterbox" keeps the aspect and centres; "stretch" fills.
-    """
-    if mode == "stretch":
-        return 0, 0, HEIGHT, WIDTH
-    scale = min(HEIGHT / height, WIDTH / width)
-    new_height = min(HEIGHT, max(1, round(height * scale)))
-    new_width = min(WIDTH, max(1, round(width * scale)))
-    return (HEIGHT - new_height) // 2, (WIDTH - new_width) // 2, new_height, new_width
 
 
 def fit_frame(

@@ -1,0 +1,1 @@
+"""Where the numbers of README.md and docs/benchmarks.md come from."""

@@ -1,0 +1,141 @@
+"""Work and time of each network: multiply-adds, ONNX bytes, ms a frame, ms of a training step.
+
+python -m benchmarks.networks [--runs 200]
+
+The networks are timed in turn, run by run, so that a slow spell of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.machine import machine_line
+from pupilseg.engine import Run, TrainConfig
+from pupilseg.export import INPUT_NAME, to_onnx
+from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.models import create_model, list_models
+from pupilseg.predict import onnx_session
+
+TRAIN_BATCH = 8
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Counts the multiply-adds of convolutions, linear layers and attention for one frame."""
+    total = 0
+
+    def count(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            per_value = module.weight[0].numel()
+            total += output.numel() * per_value
+        elif isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+        else:  # attention: scores and mixing, for every window of 25 x 40 tokens
+            window = module.window_size[0] * module.window_size[1]
+            total += 1000 * window * module.num_heads * (module.key_dim + module.head_dim)
+
+    kinds = ("Conv2d", "Linear", "CascadedGroupAttention")
+    hooks = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if type(module).__name__ in kinds
+    ]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 1, HEIGHT, WIDTH))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def training_step(name: str) -> float:
+    """Returns the median seconds a frame of a step (augment, forward, loss, backward, update)."""
+    run = Run(TrainConfig(model=name), torch.device("cpu"), total_steps=100)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    label = torch.from_numpy(((x - 300) ** 2 + (y - 200) ** 2 <= 900).astype(np.int64))
+    from pupilseg.geometry import ellipse_vector
+    from pupilseg.loader import Batch
+    from pupilseg.maps import distance_maps, spatial_weights
+
+    def repeat(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[None].repeat(TRAIN_BATCH, *[1] * tensor.ndim)
+
+    batch = Batch(
+        image=torch.rand(TRAIN_BATCH, 1, HEIGHT, WIDTH) * 2 - 1,
+        label=repeat(label),
+        spatial_weights=repeat(torch.from_numpy(spatial_weights(label.numpy()))),
+        dist_map=repeat(torch.from_numpy(distance_maps(label.numpy()))),
+        ellipse=repeat(torch.from_numpy(ellipse_vector(label.numpy()))),
+        index=torch.arange(TRAIN_BATCH),
+    )
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        run.train_epoch(_OneBatch(batch), alpha=0.5)  # type: ignore[arg-type]  # a loader of one
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[2:])) / TRAIN_BATCH
+
+
+class _OneBatch(SimpleNamespace):
+    """A loader of a single batch, already on the device."""
+
+    def __init__(self, batch: object) -> None:
+        super().__init__(batch=batch)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> object:
+        return iter([self.batch])
+
+    def set_epoch(self, epoch: int) -> None:
+        """The one batch is the same in every epoch."""
+
+
+def main() -> None:
+    """Measures and prints a Markdown table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
+    parser.add_argument("--runs", type=int, default=200, help="timed frames a network (200)")
+    parser.add_argument("--onnx", type=Path, help="also keep the ONNX files in this folder")
+    args = parser.parse_args()
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, HEIGHT, WIDTH), dtype=np.uint8)
+    sessions, sizes, times = {}, {}, {name: [] for name in list_models()}
+    for name in list_models():
+        output = "ellipse" if name == "ellipse" else "logits"
+        encoded = to_onnx(create_model(name).eval(), output).SerializeToString()
+        sizes[name] = len(encoded)
+        sessions[name] = onnx_session(encoded, threads=1)
+        if args.onnx:
+            args.onnx.mkdir(parents=True, exist_ok=True)
+            (args.onnx / f"{name}.onnx").write_bytes(encoded)
+    for turn in range(args.runs + 10):
+        for name, session in sessions.items():
+            started = time.perf_counter()
+            session.run(None, {INPUT_NAME: image})
+            if turn >= 10:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    print(machine_line("torch", "onnxruntime"))
+    print(f"ONNX Runtime: 1 thread, batch 1, n = {args.runs} after 10; step: batch {TRAIN_BATCH}\n")
+    print("| network | parameters | multiply-adds | ONNX bytes | ms a frame: min / median / p95 | ")
+    print("| --- | --- | --- | --- | --- |")
+    for name in list_models():
+        model = create_model(name)
+        low, median, high = np.percentile(times[name], [0, 50, 95])
+        print(
+            f"| {name} | {sum(p.numel() for p in model.parameters()):,} "
+            f"| {multiply_adds(model) / 1e6:.1f} M | {sizes[name]:,} "
+            f"| {low:.2f} / {median:.2f} / {high:.2f} |"
+        )
+    print(f"\n{torch.get_num_threads()} threads, ms a frame of a training step:")
+    for name in list_models():
+        print(f"  {name}: {1e3 * training_step(name):.1f}")
+
+
+if __name__ == "__main__":
+    main()

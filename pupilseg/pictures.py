@@ -1,0 +1,134 @@
+"""Pictures of frames with outlines, and image files in and out, with OpenCV alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from pupilseg.errors import DataError
+from pupilseg.files import atomic_path
+
+if TYPE_CHECKING:
+    import os
+
+    from numpy.typing import NDArray
+
+    from pupilseg.geometry import Ellipse
+    from pupilseg.predict import Prediction
+
+GREEN, RED = (80, 220, 60), (60, 60, 255)
+"""Truth and prediction, as OpenCV orders colours: blue, green, red."""
+MAX_SIDE_PX = 1280
+"""Longest side of an overlay; larger frames are shown smaller."""
+_SHIFT = 4
+"""Fractional bits of coordinates that OpenCV draws with: 1/16 px."""
+
+
+def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Returns an image file as uint8 (H, W): colour becomes grey, 16 bits become 8, alpha goes.
+
+    Raises:
+        DataError: the file is missing, not readable, or not an image.
+    """
+    try:
+        encoded = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE) if encoded.size else None
+    except cv2.error as error:  # more pixels than OpenCV allows
+        raise DataError(f"{path} cannot be decoded: {error.err}") from error
+    if image is None:
+        raise DataError(f"{path} is not an image that OpenCV reads, or is damaged")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def encode(image: NDArray[np.uint8], suffix: str) -> bytes:
+    """Returns an image, grey or BGR, as the bytes of a ".png" or ".jpg" file."""
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else []
+    done, encoded = cv2.imencode(suffix, image, quality)
+    assert done, f"OpenCV cannot encode {image.dtype} {image.shape} as {suffix}"
+    return encoded.tobytes()
+
+
+def write_image(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
+    """Writes an image atomically, in the format of its suffix.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encode(image, str(path)[-4:]))
+
+
+def compare(
+    image: NDArray[np.uint8], truth: NDArray[np.generic], found: NDArray[np.generic]
+) -> NDArray[np.uint8]:
+    """Returns a frame at twice its size with the outlines of two masks.
+
+    Args:
+        image: uint8 (H, W).
+        truth: (H, W), non-zero inside; outlined green.
+        found: (H, W), likewise; outlined red, on top.
+
+    Returns:
+        uint8 (2 H, 2 W, 3), BGR.
+    """
+    size = (2 * image.shape[1], 2 * image.shape[0])
+    grey = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    canvas = np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
+    # The truth is wider, so that it shows on both sides of a prediction that agrees with it.
+    for mask, colour, thickness in ((truth, GREEN, 4), (found, RED, 2)):
+        large = cv2.resize((np.asarray(mask) != 0).astype(np.uint8), size, interpolation=0)
+        contours, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, contours, -1, colour, thickness)
+    return canvas
+
+
+def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
+    """Returns a frame with the pupil's outline and centre, or a note that none was found.
+
+    Args:
+        frame: uint8 (H, W).
+        prediction: of this frame.
+
+    Returns:
+        uint8 (h, w, 3), BGR; no side over `MAX_SIDE_PX`.
+    """
+    scale = min(1.0, MAX_SIDE_PX / max(frame.shape))
+    if scale < 1:
+        size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
+        frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    canvas = np.asarray(cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
+    if prediction.ellipse is None:
+        _text(canvas, "no pupil")
+    else:
+        _draw_ellipse(canvas, prediction.ellipse, scale)
+        _text(canvas, f"{prediction.confidence:.2f}")
+    return canvas
+
+
+def _draw_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> None:
+    """Draws outline and centre of an ellipse of the unscaled frame."""
+
+    def fixed(value: float) -> int:
+        return round(value * (1 << _SHIFT))
+
+    x = fixed((ellipse.center_x_px + 0.5) * scale - 0.5)
+    y = fixed((ellipse.center_y_px + 0.5) * scale - 0.5)
+    axes = (fixed(ellipse.semi_axis_a_px * scale), fixed(ellipse.semi_axis_b_px * scale))
+    common: dict[str, Any] = {"color": RED, "lineType": cv2.LINE_AA, "shift": _SHIFT}
+    cv2.ellipse(canvas, (x, y), axes, float(np.degrees(ellipse.angle_rad)), 0, 360, **common)
+    arm = fixed(4)
+    cv2.line(canvas, (x - arm, y), (x + arm, y), **common)
+    cv2.line(canvas, (x, y - arm), (x, y + arm), **common)
+
+
+def _text(canvas: NDArray[np.uint8], text: str) -> None:
+    """Writes a word in the upper left corner, readable on any ground."""
+    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(
+            canvas, text, (8, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, thickness, cv2.LINE_AA
+        )

@@ -1,0 +1,162 @@
+"""The command `pupilseg`: what it prints, its exit codes, and no traceback for a user's mistake."""
+
+import csv
+import logging
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from fakes import FakeDataset
+from onnx_files import threshold_onnx
+
+from pupilseg.checkpoint import plain_state_dict, save_model
+from pupilseg.cli import main
+from pupilseg.models import create_model
+from pupilseg.shards import write_shards
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was():
+    """`program.run` gives the package's logger a handler; other tests read the log themselves."""
+    logger = logging.getLogger("pupilseg")
+    before = logger.handlers[:], logger.propagate, logger.level
+    logger.handlers = []
+    threads = cv2.getNumThreads()
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
+    cv2.setNumThreads(threads)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return threshold_onnx(tmp_path / "m.onnx", parameters="7481")
+
+
+@pytest.fixture
+def image(tmp_path):
+    frame = np.full((400, 640), 120, np.uint8)
+    frame = cv2.circle(frame, (320, 200), 40, 20, -1)
+    assert cv2.imwrite(str(tmp_path / "eye.png"), frame)
+    return tmp_path / "eye.png"
+
+
+def test_predict(model, image, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["predict", str(image), "--model", str(model), "--out", str(out), "--masks"]) == 0
+    assert "1 frames, 0 without a pupil, 0 failed" in capsys.readouterr().out
+    with (out / "pupil.csv").open(newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    assert float(row["center_x_px"]) == pytest.approx(320, abs=0.1)
+    assert (out / "overlays" / "eye.jpg").is_file()
+    assert (out / "masks" / "eye.png").is_file()
+
+
+def test_predict_goes_on_past_a_bad_file_and_says_so(model, image, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    paths = [str(tmp_path / name) for name in ("bad.png", "eye.png", "gone.png")]
+    out = tmp_path / "out"
+    assert main(["predict", *paths, "--model", str(model), "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "1 frames, 0 without a pupil, 2 failed" in said.out
+    assert "bad.png is not an image" in said.err
+    assert "gone.png does not exist" in said.err
+    assert len((out / "pupil.csv").read_text().splitlines()) == 2
+    assert not (out / "masks").exists()
+
+
+def test_info_of_both_forms(model, tmp_path, capsys):
+    assert main(["info", str(model)]) == 0
+    said = capsys.readouterr().out
+    for part in ("efficientvit_tiny", "7,481", "uint8 (N, 1, 400, 640)", "none", "valid_iou: 0.5"):
+        assert part in said
+    torch.manual_seed(0)
+    network = create_model("efficientvit_tiny")
+    card = {
+        "model": "efficientvit_tiny",
+        "architecture": {},
+        "preprocessing": "gamma0.8+clahe1.5",
+        "data": "synthetic:8@0",
+        "licence": "MIT",
+        "metrics": {"valid_iou": 0.25},
+    }
+    save_model(tmp_path / "m.pt", plain_state_dict(network), card)
+    assert main(["info", str(tmp_path / "m.pt")]) == 0
+    said = capsys.readouterr().out
+    count = sum(p.numel() for p in network.parameters())
+    for part in (f"{count:,}", "gamma0.8+clahe1.5", "synthetic:8@0", "valid_iou: 0.25", "MIT"):
+        assert part in said
+
+
+def test_bench(model, capsys):
+    assert main(["bench", str(model), "--repeats", "5"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("ms median") == said.count("ms p95") == 2
+    assert "5 frames of 400 x 640" in said
+    assert "machine" in said
+
+
+def test_shards(tmp_path, capsys):
+    write_shards(FakeDataset(), "train", tmp_path / "train")
+    assert main(["shards", "info", str(tmp_path / "train")]) == 0
+    assert "6 in 1 files" in capsys.readouterr().out
+    assert main(["shards", "verify", str(tmp_path / "train")]) == 0
+    assert "6 samples" in capsys.readouterr().out
+    shard = next((tmp_path / "train").glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(["shards", "verify", str(tmp_path / "train")]) == 1
+    assert str(shard) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([], 2, "COMMAND"),
+        (["predict"], 2, "required"),
+        (["predict", "x.png", "--model", "gone.onnx", "--out", "o"], 1, "error: there is no model"),
+        (["predict", "x", "--model", "m", "--out", "o", "--threads", "0"], 2, "not 1 or more"),
+        (["info", "gone.onnx"], 1, "error: there is no model file gone.onnx"),
+        (["info", "gone.pt"], 1, "error: there is no file gone.pt"),
+        (["info", "gone.zip"], 2, "error: gone.zip has the suffix '.zip'"),
+        (["bench", "gone.onnx"], 1, "error: there is no model file"),
+        (["shards", "info", "gone"], 1, "error: gone has no manifest.json"),
+    ],
+)
+def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_cannot_be_written(model, image, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    out = str(tmp_path / "file" / "out")
+    assert main(["predict", str(image), "--model", str(model), "--out", out]) == 1
+    assert capsys.readouterr().err.startswith("error: cannot write")
+
+
+def test_entry_point():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, name = scripts["pupilseg"].split(":")
+    assert getattr(import_module(module), name) is main
+    ran = subprocess.run(
+        [sys.executable, "-m", "pupilseg.cli", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.startswith("pupilseg 0.")

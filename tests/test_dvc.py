@@ -1,0 +1,190 @@
+"""The DVC pipelines: deps against imports, then real `dvc repro` runs in a copy of the checkout."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("download", "materialize", "train", "evaluate", "export")
+MODELS = ("efficientvit", "efficientvit_tiny", "ellipse")
+
+
+def imported_files(script):
+    """Returns the project's files that a script imports, directly or not, itself included."""
+    seen, todo = set(), [ROOT / script]
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for module in imported_modules(file):
+            parts = module.split(".")
+            if parts[0] != "pupilseg":
+                continue
+            for end in range(1, len(parts) + 1):
+                base = ROOT.joinpath(*parts[:end])
+                todo += [f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()]
+    return {str(file.relative_to(ROOT)) for file in seen}
+
+
+def imported_modules(file):
+    """Names of the modules in a file's imports, wherever they stand but under TYPE_CHECKING."""
+    found, todo = set(), [ast.parse(file.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        todo += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("folder", [".", "demo"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_lists_what_it_imports(folder, stage):
+    spec = yaml.safe_load((ROOT / folder / "dvc.yaml").read_text())["stages"][stage]
+    deps = {os.path.normpath(os.path.join(folder, dep)) for dep in spec["deps"]}
+    code = {dep for dep in deps if dep.startswith(("pupilseg", "pipeline"))}
+    needed = imported_files(f"pipeline/{stage}.py")
+    covered = {f for f in needed if f in code or any(f.startswith(dep + "/") for dep in code)}
+    assert needed == covered
+    unused = {dep for dep in code if not any(f == dep or f.startswith(dep + "/") for f in needed)}
+    assert not unused
+
+
+def test_demo_is_the_same_pipeline():
+    """Both files differ in their paths alone."""
+    root = (ROOT / "dvc.yaml").read_text().split("\n", 1)[1]
+    demo = (ROOT / "demo" / "dvc.yaml").read_text().split("\n", 1)[1]
+    for text in ("cd .. && ", "../", "demo/"):
+        demo = demo.replace(text, "")
+    assert demo == root
+    real, rendered = (
+        yaml.safe_load((ROOT / folder / "params.yaml").read_text()) for folder in (".", "demo")
+    )
+    assert {k: set(v) for k, v in real.items()} == {k: set(v) for k, v in rendered.items()}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the files that git knows or would add, with a repository of its own."""
+    copy = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, check=True,
+    ).stdout.decode()  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    subprocess.run(["git", "init", "-q", "."], cwd=copy, check=True)
+    return copy
+
+
+def repro(checkout, target="dvc.yaml"):
+    """Runs `dvc repro`; returns the names of the stages that ran, in order."""
+    # No network but loopback is to be had or wanted: whatever asked for it would fail.
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(checkout),
+        "HF_HUB_OFFLINE": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", target],
+        cwd=checkout, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    return [line.split("'")[1].split(":")[-1] for line in lines]
+
+
+def set_params(path, **groups):
+    """Overwrites parameters of some groups in a params.yaml."""
+    params = yaml.safe_load(path.read_text())
+    for group, values in groups.items():
+        if isinstance(values, dict):
+            params[group].update(values)
+        else:
+            params[group] = values
+    path.write_text(yaml.safe_dump(params))
+
+
+@pytest.mark.integration
+def test_demo_repro_end_to_end(checkout):
+    """Everything is made once; a second run makes nothing; a train parameter touches no data."""
+    params = checkout / "demo" / "params.yaml"
+    set_params(params, download={"source": "synthetic:10@3"}, train={"epochs": 1, "batch_size": 2})
+    ran = repro(checkout, "demo/dvc.yaml")
+    per_model = {f"{stage}@{model}" for stage in STAGES[2:] for model in MODELS}
+    assert set(ran) == {"download", "materialize"} | per_model
+    for model in MODELS:
+        made = checkout / "demo" / "models" / model
+        assert (made / f"best_{model}_model.pt").stat().st_size > 10_000
+        assert (made / f"best_{model}_model.onnx").stat().st_size < 300_000
+        reports = checkout / "demo" / "reports" / model
+        metrics = json.loads((reports / "metrics.json").read_text())
+        assert metrics["frames"] == 2
+        assert 0 <= metrics["pupil_iou"] <= 1
+        assert 0 <= metrics["miou"] <= 1
+        assert len((reports / "per_frame.csv").read_text().splitlines()) == 3
+        assert b"<img" in (reports / "report.html").read_bytes()
+
+    assert repro(checkout, "demo/dvc.yaml") == []
+
+    shards = checkout / "demo" / "data" / "shards"
+    before = {f: f.stat().st_mtime_ns for f in shards.rglob("*") if f.is_file()}
+    set_params(params, train={"lr": 0.005}, models=["efficientvit_tiny"])
+    assert repro(checkout, "demo/dvc.yaml") == [
+        f"{stage}@efficientvit_tiny" for stage in ("train", "evaluate", "export")
+    ]
+    assert {f: f.stat().st_mtime_ns for f in shards.rglob("*") if f.is_file()} == before
+
+    cached = sum(f.stat().st_size for f in (checkout / ".dvc" / "cache").rglob("*") if f.is_file())
+    assert cached < sum(f.stat().st_size for f in shards.rglob("*.arrow"))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.summarize", "demo"],
+        cwd=checkout, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert all(model in done.stdout for model in MODELS)
+
+
+@pytest.mark.integration
+def test_repro_on_an_openeds_folder(checkout, tmp_path):
+    """The pipeline for real data, on frames in the layout in which OpenEDS is handed out."""
+    import cv2
+    import numpy as np
+
+    from pupilseg.synthetic import render
+
+    subject = tmp_path / "openeds" / "S_1"
+    subject.mkdir(parents=True)
+    for index in range(10):
+        frame = render(index, seed=5)
+        cv2.imwrite(str(subject / f"{index}.png"), frame.image)
+        np.save(subject / f"{index}.npy", frame.classes)
+    set_params(
+        checkout / "params.yaml",
+        download={"source": str(tmp_path / "openeds")},
+        train={"epochs": 1, "batch_size": 2},
+        models=["efficientvit_tiny"],
+    )
+    assert repro(checkout) == [
+        "download",
+        "materialize",
+        *(f"{stage}@efficientvit_tiny" for stage in ("train", "evaluate", "export")),
+    ]
+    manifest = json.loads((checkout / "data/shards/validation/manifest.json").read_text())
+    assert manifest["rows"] == 2
+    assert "contiguous blocks of one subject" in manifest["split_rule"]

@@ -1,0 +1,81 @@
+"""Learning rate, parameter groups and averaged weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from pupilseg.models import create_model
+from pupilseg.optim import AveragedWeights, learning_rate, parameter_groups
+
+
+def rates(steps, peak=1e-2, warmup=0.15):
+    return np.array([learning_rate(step, steps, peak, warmup) for step in range(steps)])
+
+
+def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine():
+    found = rates(100)
+    np.testing.assert_allclose(found[:15], 1e-2 * np.arange(1, 16) / 15, rtol=1e-12)
+    progress = np.arange(85) / 85
+    cosine = 1e-2 * (0.01 + 0.99 * (1 + np.cos(np.pi * progress)) / 2)
+    np.testing.assert_allclose(found[15:], cosine, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("warmup", [0.0, 0.15, 1.0])
+def test_the_rate_has_one_peak_and_stays_positive(steps, warmup):
+    found = rates(steps, warmup=warmup)
+    assert found.max() == pytest.approx(1e-2)
+    assert (found > 0).all()
+    top = found.argmax()
+    assert (np.diff(found[: top + 1]) >= 0).all()
+    assert (np.diff(found[top:]) <= 0).all()
+
+
+def test_the_rate_ends_near_a_hundredth_of_the_peak():
+    assert rates(1000)[-1] == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "ellipse"])
+def test_kernels_decay_and_nothing_else(name):
+    model = create_model(name)
+    kernels, others = parameter_groups(model, 0.3)
+    assert (kernels["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    every = [id(p) for group in (kernels, others) for p in group["params"]]
+    assert sorted(every) == sorted(id(p) for p in model.parameters())
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    spared = {id(p) for p in others["params"]}
+    assert all(id(m.weight) in spared and id(m.bias) in spared for m in norms)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    decayed = {id(p) for p in kernels["params"]}
+    assert all(id(m.weight) in decayed for m in layers)
+
+
+class Point(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_averaged_weights_follow_the_formula():
+    model = Point()
+    averaged = AveragedWeights(model, decay=0.5)
+    expected = np.zeros(2)
+    for step in range(20):
+        with torch.no_grad():
+            model.weight += torch.tensor([1.0, -2.0])
+            model.count += 1
+        averaged.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach().numpy()
+        np.testing.assert_allclose(averaged.values["weight"], expected, rtol=1e-5)
+        assert averaged.values["count"] == step + 1  # an integer is copied, not averaged
+    assert not averaged.values["weight"].requires_grad
+
+
+def test_averaged_weights_are_a_copy():
+    model = Point()
+    averaged = AveragedWeights(model, decay=0.9)
+    with torch.no_grad():
+        model.weight += 1
+    assert not averaged.values["weight"].any()

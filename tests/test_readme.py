@@ -1,0 +1,101 @@
+"""README commands: every one is parsed, the marked blocks are run, the facts are compared."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pupilseg import __version__
+from pupilseg.models import create_model, list_models
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MARK = "<!-- executed by tests/test_readme.py -->"
+ENV = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def commands(text):
+    """Returns the lines of all bash blocks of a text, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = (line.split(" #")[0].strip() for block in blocks for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+def marked_commands():
+    """Returns the commands of each block that stands under the mark."""
+    return [commands(part.split("```\n")[0] + "```\n") for part in README.split(MARK)[1:]]
+
+
+def run(line, cwd):
+    """Runs a command line as a shell user in `cwd` would."""
+    words = shlex.split(line)
+    if words[0] == "python" and words[1].startswith("training/"):
+        words[1] = str(ROOT / words[1])
+    return subprocess.run(words, cwd=cwd, env=ENV, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.integration
+def test_marked_blocks_run_in_order(tmp_path):
+    blocks = marked_commands()
+    assert len(blocks) == 2
+    for block in blocks:
+        for line in block:
+            done = run(line, tmp_path)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            assert "Traceback" not in done.stderr
+    assert (tmp_path / "pupil.onnx").stat().st_size < 300_000
+    assert (tmp_path / "checkpoints" / "best_efficientvit_model.pt").exists()
+    python = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+    done = subprocess.run(
+        [sys.executable, "-c", python],
+        cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("Ellipse(", "None"))
+
+
+@pytest.mark.parametrize("line", commands(README))
+def test_every_command_exists(line):
+    """A make target, a DVC file, or a program that takes the flags shown."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif words[0] == "dvc":
+        assert (ROOT / "dvc.yaml").exists()
+    else:
+        assert line in [command for block in marked_commands() for command in block]
+
+
+def test_files_that_the_readme_links_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_parameter_counts_in_the_readme(name):
+    count = sum(p.numel() for p in create_model(name).parameters())
+    assert re.search(rf"\| `{name}` \| {count:,} \|", README)
+
+
+def test_version_is_the_same_everywhere():
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_no_path_of_a_machine_and_no_registry_host():
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    forbidden = re.compile("/" + "work/|/" + "root/|pypi" + r"\.org|files\.python" + "hosted")
+    for name in listed.splitlines():
+        path = ROOT / name
+        if path.is_file() and path.suffix not in (".png", ".onnx"):
+            assert not forbidden.search(path.read_text(encoding="utf-8")), name
