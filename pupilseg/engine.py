@@ -93,7 +93,8 @@ class FitResult:
     Attributes:
         best_file: model file with the best validation mIoU.
         best: that epoch's row.
-        history: a row an epoch: epoch (from 1), lr, alpha, seconds, train_* and valid_* scores.
+        history: a row an epoch: epoch (from 1), lr, alpha, train_* and valid_* scores. Times are
+            told to `on_epoch` alone: what is kept of a run is a function of its seed.
         interrupted: the run was stopped by the user after a whole epoch.
     """
 
@@ -276,7 +277,7 @@ def fit(
         device: from `pupilseg.device.find_device`.
         card: what the model files say of the data: preprocessing, source, licence.
         resume: a `*_training_state.pt` to go on from.
-        on_epoch: called with each epoch's row.
+        on_epoch: called with each epoch's row, and train_seconds and valid_seconds.
 
     Raises:
         CheckpointError: `resume` does not fit this run.
@@ -298,13 +299,13 @@ def fit(
     interrupted = False
     try:
         while run.epoch < config.epochs:
-            row = _epoch(run, train_loader, valid_loader)
+            row, seconds = _epoch(run, train_loader, valid_loader)
             improved = not run.best or row["valid_iou"] > run.best["valid_iou"]
             if improved:
                 run.best = row
             _write(run, output_dir, card, improved=improved)
             if on_epoch is not None:
-                on_epoch(row)
+                on_epoch({**row, **seconds})
     except KeyboardInterrupt:
         if run.epoch == 0:
             raise
@@ -312,21 +313,25 @@ def fit(
     return FitResult(output_dir / names.best, run.best, run.history, interrupted)
 
 
-def _epoch(run: Run, train_loader: Loader, valid_loader: Loader) -> dict[str, float]:
-    """Trains and validates one epoch; returns its row."""
+def _epoch(
+    run: Run, train_loader: Loader, valid_loader: Loader
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains and validates one epoch; returns its row, and the seconds that both took."""
     started = time.perf_counter()
     alpha = alpha_schedule(run.epoch, run.config.epochs)
     train_sums = run.train_epoch(train_loader, alpha)
     trained = time.perf_counter()
     valid_sums = run.validate(valid_loader, alpha)
     sums = torch.stack([train_sums, valid_sums]).tolist()
+    seconds = {
+        "train_seconds": trained - started,
+        "valid_seconds": time.perf_counter() - trained,
+    }
     run.epoch += 1
     row = {
         "epoch": run.epoch,
         "lr": learning_rate(run.step - 1, run.total_steps, run.config.lr, run.config.warmup),
         "alpha": alpha,
-        "train_seconds": trained - started,
-        "valid_seconds": time.perf_counter() - trained,
         **scores(run.metrics.names, sums[0], "train"),
         **scores(run.metrics.names, sums[1], "valid"),
     }
@@ -336,7 +341,7 @@ def _epoch(run: Run, train_loader: Loader, valid_loader: Loader) -> dict[str, fl
             f"({run.config.lr:g})"
         )
     run.history.append(row)
-    return row
+    return row, seconds
 
 
 def _write(run: Run, output_dir: Path, card: Mapping[str, Any], *, improved: bool) -> None:
@@ -357,8 +362,6 @@ def _write(run: Run, output_dir: Path, card: Mapping[str, Any], *, improved: boo
             "config": asdict(run.config),
             **card,
         }
-        # Times differ from run to run; a resumed run must give the same bytes.
-        full_card["metrics"].pop("valid_seconds", None)
         if improved:
             save_model(output_dir / names.best, weights, full_card)
         if numbered or (names.every and run.epoch == run.config.epochs):

@@ -94,6 +94,8 @@ def test_the_same_weights_and_card_give_the_same_bytes(tmp_path, saved):
     other = tmp_path / "elsewhere" / "other_name.pt"
     save_model(other, plain_state_dict(network()), CARD)
     assert other.read_bytes() == saved.read_bytes()
+    with zipfile.ZipFile(other) as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
     save_model(other, plain_state_dict(network(seed=1)), CARD)
     assert other.read_bytes() != saved.read_bytes()
 
