@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from benchmarks.machine import machine_line
-from pupilseg.engine import Run, TrainConfig
+from pupilseg.config import TrainConfig
+from pupilseg.engine import Run
 from pupilseg.export import INPUT_NAME, to_onnx
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.models import create_model, list_models
@@ -56,7 +57,7 @@ def multiply_adds(model: nn.Module) -> int:
 
 def training_step(name: str) -> float:
     """Returns the median seconds a frame of a step (augment, forward, loss, backward, update)."""
-    run = Run(TrainConfig(model=name), torch.device("cpu"), total_steps=100)
+    run = Run(TrainConfig(model=name), torch.device("cpu"), total_steps=100, card={})
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     label = torch.from_numpy(((x - 300) ** 2 + (y - 200) ** 2 <= 900).astype(np.int64))
     from pupilseg.geometry import ellipse_vector

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from pupilseg.augment import AugmentConfig, augment
+from pupilseg.augment import augment
 from pupilseg.checkpoint import (
     CHECKPOINT_NAMES,
     load_tensors,
@@ -25,7 +26,9 @@ from pupilseg.checkpoint import (
     save_model,
     save_state,
 )
+from pupilseg.config import FitResult, TrainConfig
 from pupilseg.errors import CheckpointError, UsageError
+from pupilseg.files import atomic_path
 from pupilseg.history import write_history
 from pupilseg.losses import (
     ELLIPSE_TERMS,
@@ -51,59 +54,6 @@ log = logging.getLogger(__name__)
 STATE_FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """Everything that decides a run, printed at its start and stored in its checkpoints.
-
-    Attributes:
-        model: name in `pupilseg.models`.
-        architecture: overrides of the network's keyword arguments.
-        epochs: length of the run.
-        batch_size: frames a step (recorded; the loader was made with it).
-        lr: peak learning rate of the one-cycle schedule.
-        weight_decay: of AdamW, on convolution and linear weights only.
-        warmup: share of the steps over which the rate rises.
-        ema_decay: per-step decay of the averaged weights, which are what is validated and saved.
-        clip: largest gradient norm.
-        seed: of initial weights, order and augmentation.
-        compile: `torch.compile` on CUDA.
-        amp: mixed precision on CUDA.
-        augment: strengths; None trains on the frames as they are.
-    """
-
-    model: str = "efficientvit"
-    architecture: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 15
-    batch_size: int = 8
-    lr: float = 1e-2
-    weight_decay: float = 1e-2
-    warmup: float = 0.15
-    ema_decay: float = 0.99
-    clip: float = 1.0
-    seed: int = 0
-    compile: bool = True
-    amp: bool = True
-    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class FitResult:
-    """What a run came to.
-
-    Attributes:
-        best_file: model file with the best validation mIoU.
-        best: that epoch's row.
-        history: a row an epoch: epoch (from 1), lr, alpha, train_* and valid_* scores. Times are
-            told to `on_epoch` alone: what is kept of a run is a function of its seed.
-        interrupted: the run was stopped by the user after a whole epoch.
-    """
-
-    best_file: Path
-    best: dict[str, float]
-    history: list[dict[str, float]]
-    interrupted: bool
-
-
 class Run:
     """State of one training run; `fit` drives it.
 
@@ -111,11 +61,19 @@ class Run:
         config: see `TrainConfig`.
         device: from `pupilseg.device.find_device`.
         total_steps: optimizer steps in the whole run.
+        card: what the run's files say of its data.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, total_steps: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        total_steps: int,
+        card: Mapping[str, Any],
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.total_steps = config, device, total_steps
+        self.card = dict(card)
         entry = model_entry(config.model)
         segments = entry.task == "segmentation"
         self.criterion = segmentation_loss if segments else ellipse_loss
@@ -180,8 +138,7 @@ class Run:
         """Returns all that a later process needs to go on after this epoch."""
         return {
             "format": STATE_FORMAT,
-            "config": json.dumps(asdict(self.config)),
-            "total_steps": self.total_steps,
+            "run": json.dumps(self.identity()),
             "epoch": self.epoch,
             "step": self.step,
             "model": plain_state_dict(self.model),
@@ -194,11 +151,17 @@ class Run:
             "best": json.dumps(self.best),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be the same for a run to go on where another stopped."""
+        config: dict[str, Any] = json.loads(json.dumps(asdict(self.config)))
+        del config["compile"]  # faster or slower, but the same run
+        return {**config, "steps": self.total_steps, **self.card}
+
     def restore(self, path: Path) -> None:
         """Takes up a state written by `state`.
 
         Raises:
-            CheckpointError: damaged, or of another network or another length of run.
+            CheckpointError: damaged, or of another network, configuration or data set.
         """
         state = load_tensors(path)
         if "averaged_steps" not in state:
@@ -210,19 +173,16 @@ class Run:
                 f"{path} has format {state['format']!r}, this version of pupilseg reads "
                 f"{STATE_FORMAT}; upgrade pupilseg, or start anew without --resume"
             )
-        stored = json.loads(state["config"])
-        own = json.loads(json.dumps(asdict(self.config)))
+        stored = json.loads(state["run"])
         differ = [
             f"{key} {stored.get(key)!r} there, {value!r} here"
-            for key, value in own.items()
-            if key != "compile" and stored.get(key) != value
+            for key, value in self.identity().items()
+            if stored.get(key) != value
         ]
-        if state["total_steps"] != self.total_steps:
-            differ.append(f"{state['total_steps']} steps there, {self.total_steps} here")
         if differ:
             raise CheckpointError(
-                f"{path} belongs to another run ({'; '.join(differ)}); resume with the same flags, "
-                "or start anew in another --output-dir"
+                f"{path} belongs to another run ({'; '.join(differ)}); resume with the same flags "
+                "and data, or start anew in another --output-dir"
             )
         load_weights(self.model, state["model"], path)
         self.averaged.values = {
@@ -289,25 +249,27 @@ def fit(
             f"{len(train_loader)} training and {len(valid_loader)} validation batches of "
             f"{config.batch_size}: give more frames or a smaller --batch-size"
         )
-    run = Run(config, device, len(train_loader) * config.epochs)
+    run = Run(config, device, len(train_loader) * config.epochs, card)
     names = CHECKPOINT_NAMES[config.model]
     if resume is not None:
         run.restore(resume)
+        _bring_best(resume.parent / names.best, output_dir / names.best)
         log.info("resumed %s after epoch %d", resume, run.epoch)
     if device.type == "cuda" and config.compile:
         run.model.compile(mode="max-autotune")
-    interrupted = False
+    interrupted, complete = False, run.epoch
     try:
         while run.epoch < config.epochs:
             row, seconds = _epoch(run, train_loader, valid_loader)
             improved = not run.best or row["valid_iou"] > run.best["valid_iou"]
             if improved:
                 run.best = row
-            _write(run, output_dir, card, improved=improved)
+            _write(run, output_dir, improved=improved)
+            complete = run.epoch
             if on_epoch is not None:
                 on_epoch({**row, **seconds})
     except KeyboardInterrupt:
-        if run.epoch == 0:
+        if complete == 0:
             raise
         interrupted = True
     return FitResult(output_dir / names.best, run.best, run.history, interrupted)
@@ -344,7 +306,14 @@ def _epoch(
     return row, seconds
 
 
-def _write(run: Run, output_dir: Path, card: Mapping[str, Any], *, improved: bool) -> None:
+def _bring_best(there: Path, here: Path) -> None:
+    """Copies the best model so far beside a run that goes on in another directory."""
+    if there.exists() and not here.exists():
+        with atomic_path(here) as temporary:
+            shutil.copyfile(there, temporary)
+
+
+def _write(run: Run, output_dir: Path, *, improved: bool) -> None:
     """Writes the checkpoints that an epoch's end asks for."""
     names = CHECKPOINT_NAMES[run.config.model]
     row = run.history[-1]
@@ -360,7 +329,7 @@ def _write(run: Run, output_dir: Path, card: Mapping[str, Any], *, improved: boo
                 k: v for k, v in row.items() if k.startswith("valid_") and math.isfinite(v)
             },
             "config": asdict(run.config),
-            **card,
+            **run.card,
         }
         if improved:
             save_model(output_dir / names.best, weights, full_card)

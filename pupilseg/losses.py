@@ -37,7 +37,8 @@ def alpha_schedule(epoch: int, epochs: int) -> float:
         epochs: length of the run.
 
     Returns:
-        1 - (epoch + 1) / min(epochs, 125), never below 0: falls linearly and ends at 0.
+        1 - (epoch + 1) / min(epochs, 125), never below 0: falls linearly and stays at 0 (RITnet
+        goes back to 1 after epoch 125; docs/differences.md).
     """
     return max(0.0, 1.0 - (epoch + 1) / min(epochs, ALPHA_EPOCHS))
 

@@ -7,12 +7,13 @@ differ.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.checkpoint import CHECKPOINT_NAMES
-from pupilseg.engine import FitResult, TrainConfig, fit
+from pupilseg.engine import fit
 from pupilseg.loader import make_loader
 from pupilseg.models import create_model
 from pupilseg.shards import open_shards
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+    from pupilseg.config import FitResult, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +79,27 @@ def train(
             valid_loader,
             output_dir,
             device=device,
-            card=data_card(train_shards.manifest),
+            card=data_card(train_shards.manifest, train_loader.samples),
             resume=resume,
             on_epoch=on_epoch,
         )
 
 
-def data_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a model file says of its data, from the manifest of its training shards."""
+def data_card(manifest: Mapping[str, Any], frames: int) -> dict[str, Any]:
+    """Returns what a model file says of its data.
+
+    Args:
+        manifest: of the training shards.
+        frames: how many of them are trained on.
+    """
     source = str(manifest["source"])
     rendered = source.startswith("synthetic:")
+    digest = hashlib.sha256("".join(file["sha256"] for file in manifest["files"]).encode())
     return {
         "data": source,
         "split_rule": manifest["split_rule"],
-        "train_frames": manifest["rows"],
+        "data_digest": digest.hexdigest(),
+        "train_frames": frames,
         "preprocessing": manifest["preprocessing"],
         "licence": RENDERED_LICENCE if rendered else DATA_LICENCE,
     }

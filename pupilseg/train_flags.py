@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from pupilseg.augment import AugmentConfig
 from pupilseg.checkpoint import CHECKPOINT_NAMES
-from pupilseg.engine import TrainConfig
+from pupilseg.config import TrainConfig
 from pupilseg.errors import UsageError
 
 LATEST = "latest"
@@ -26,7 +27,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=float, default=default.lr, help="peak learning rate (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number, default=default.seed, help="default: %(default)s"
+    )
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"
     )
@@ -50,14 +53,22 @@ def positive_int(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """Parses a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
     """Makes the configuration of a run from parsed flags.
 
     Raises:
         UsageError: a value that cannot be trained with.
     """
-    if not args.lr > 0:
-        raise UsageError(f"--lr {args.lr:g} is not positive")
+    if not 0 < args.lr < math.inf:
+        raise UsageError(f"--lr {args.lr:g} is not a positive number; the default is 0.01")
     return TrainConfig(
         model=model,
         epochs=args.epochs,

@@ -3,6 +3,7 @@
 `python tests/test_engine.py`, run in the root of the repository, prints GOLDEN anew.
 """
 
+import csv
 import json
 import math
 import tempfile
@@ -16,7 +17,8 @@ from fakes import FakeDataset, random_image, random_label
 
 from pupilseg.augment import AugmentConfig
 from pupilseg.checkpoint import load_model, load_tensors, read_card, save_state
-from pupilseg.engine import TrainConfig, evaluate, fit
+from pupilseg.config import TrainConfig
+from pupilseg.engine import evaluate, fit
 from pupilseg.errors import CheckpointError, OutputError, UsageError
 from pupilseg.loader import make_loader
 from pupilseg.losses import (
@@ -216,8 +218,8 @@ def test_a_seed_gives_a_run_to_the_bit(loaders, tmp_path, name):
     assert comparable(first.history) == comparable(second.history)
     assert names_in(tmp_path / "a") == names_in(tmp_path / "b")
     for file in names_in(tmp_path / "a"):
-        if "training_state" not in file:  # which holds times
-            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        a, b = ((tmp_path / x / file).read_bytes() for x in "ab")
+        assert a == b, file
     other = train(loaders, tmp_path / "c", model=name, epochs=1, seed=1)
     assert other.history[0]["train_loss"] != first.history[0]["train_loss"]
 
@@ -360,9 +362,18 @@ def test_a_run_learns(one_step, tmp_path):
     assert result.history[-1]["train_pupil_iou"] > 0.9
 
 
-def test_nothing_is_printed(one_step, tmp_path, capsys):
-    train(one_step, tmp_path, model="efficientvit_tiny", epochs=1)
+def test_each_epoch_is_told_with_its_times_and_nothing_is_printed(one_step, tmp_path, capsys):
+    told = []
+    result = train(one_step, tmp_path, model="efficientvit_tiny", epochs=2, on_epoch=told.append)
+    assert all(row.pop(key) > 0 for row in told for key in ("train_seconds", "valid_seconds"))
+    assert comparable(told) == comparable(result.history)
     assert capsys.readouterr().out == ""
+
+
+def test_the_history_is_a_table_of_all_epochs(golden):
+    name, out, result = golden
+    with (out / f"{name}_history.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == comparable(result.history)
 
 
 # Stopping and going on
@@ -437,14 +448,31 @@ def test_a_state_of_another_run_is_refused(loaders, stopped, tmp_path, changes, 
         train(loaders, tmp_path, resume=state, **config)
     assert f"{state} belongs to another run" in str(caught.value)
     assert text in str(caught.value)
-    assert "resume with the same flags, or start anew" in str(caught.value)
+    assert "resume with the same flags and data, or start anew" in str(caught.value)
     assert names_in(tmp_path) == []
 
 
 def test_a_state_of_more_data_is_refused(one_step, stopped, tmp_path):
     state = state_of(stopped, "efficientvit_tiny")
-    with pytest.raises(CheckpointError, match="6 steps there, 3 here"):
+    with pytest.raises(CheckpointError, match="steps 6 there, 3 here"):
         train(one_step, tmp_path, model="efficientvit_tiny", resume=state)
+
+
+def test_a_state_of_other_data_is_refused(loaders, stopped, tmp_path, monkeypatch):
+    state = state_of(stopped, "efficientvit_tiny")
+    monkeypatch.setitem(CARD, "data", "other eyes")
+    with pytest.raises(CheckpointError, match="data '.*' there, 'other eyes' here"):
+        train(loaders, tmp_path, model="efficientvit_tiny", resume=state)
+
+
+def test_a_run_that_moves_brings_its_best_model(loaders, stopped, tmp_path):
+    """Stopped again before another epoch is over, it still has the best so far."""
+    state = state_of(stopped, "efficientvit_tiny")
+    result = train(loaders, tmp_path, model="efficientvit_tiny", resume=state, stop_at=(1, 0))
+    assert result.interrupted
+    assert result.best_file.parent == tmp_path
+    best = best_of(stopped, "efficientvit_tiny")
+    assert result.best_file.read_bytes() == best.read_bytes()
 
 
 def test_compiling_or_not_is_no_other_run(loaders, stopped, tmp_path):
