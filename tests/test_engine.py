@@ -461,7 +461,7 @@ def test_a_state_of_more_data_is_refused(one_step, stopped, tmp_path):
 def test_a_state_of_other_data_is_refused(loaders, stopped, tmp_path, monkeypatch):
     state = state_of(stopped, "efficientvit_tiny")
     monkeypatch.setitem(CARD, "data", "other eyes")
-    with pytest.raises(CheckpointError, match="data '.*' there, 'other eyes' here"):
+    with pytest.raises(CheckpointError, match=r"data '.*' there, 'other eyes' here"):
         train(loaders, tmp_path, model="efficientvit_tiny", resume=state)
 
 
