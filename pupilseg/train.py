@@ -12,10 +12,11 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+from pupilseg import tracking
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.engine import fit
 from pupilseg.loader import make_loader
-from pupilseg.models import create_model
+from pupilseg.models import create_model, model_entry
 from pupilseg.shards import open_shards
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from pupilseg.config import FitResult, TrainConfig
+    from pupilseg.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def train(
         on_epoch: called with each epoch's row.
 
     Raises:
-        PupilSegError: as `open_shards` and `fit`.
+        PupilSegError: as `open_shards`, `tracking.start` and `fit`.
     """
     with (
         open_shards(shards_dir / "train") as train_shards,
@@ -73,16 +75,42 @@ def train(
         ) as valid_loader,
     ):
         _announce(config, device, train_loader.samples, valid_loader.samples, train_shards.manifest)
-        return fit(
-            config,
-            train_loader,
-            valid_loader,
-            output_dir,
-            device=device,
-            card=data_card(train_shards.manifest, train_loader.samples),
-            resume=resume,
-            on_epoch=on_epoch,
-        )
+        card = data_card(train_shards.manifest, train_loader.samples)
+        tracker = _start_tracking(config, card)
+
+        def report(row: dict[str, float]) -> None:
+            tracker.log_epoch(row)
+            if on_epoch is not None:
+                on_epoch(row)
+
+        status = "FAILED"
+        try:
+            result = fit(
+                config,
+                train_loader,
+                valid_loader,
+                output_dir,
+                device=device,
+                card=card,
+                resume=resume,
+                on_epoch=report,
+            )
+            status = "KILLED" if result.interrupted else "FINISHED"
+            tracker.log_file(result.best_file)
+            tracker.log_file(output_dir / CHECKPOINT_NAMES[config.model].history)
+        finally:
+            tracker.end(status)
+        return result
+
+
+def _start_tracking(config: TrainConfig, card: Mapping[str, Any]) -> Tracker:
+    """Opens the run that the environment asks for, with what decides it as parameters."""
+    model = create_model(config.model, **config.architecture)
+    return tracking.start(
+        {**dataclasses.asdict(config), **card},
+        {"model_type": model_entry(config.model).model_type, "architecture": type(model).__name__},
+        config.model,
+    )
 
 
 def data_card(manifest: Mapping[str, Any], frames: int) -> dict[str, Any]:
