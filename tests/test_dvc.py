@@ -145,9 +145,9 @@ def test_demo_repro_end_to_end(checkout):
     shards = checkout / "demo" / "data" / "shards"
     before = {f: f.stat().st_mtime_ns for f in shards.rglob("*") if f.is_file()}
     set_params(params, train={"lr": 0.005}, models=["efficientvit_tiny"])
-    assert repro(checkout, "demo/dvc.yaml") == [
-        f"{stage}@efficientvit_tiny" for stage in ("train", "evaluate", "export")
-    ]
+    ran = repro(checkout, "demo/dvc.yaml")
+    assert ran[0] == "train@efficientvit_tiny"
+    assert sorted(ran[1:]) == ["evaluate@efficientvit_tiny", "export@efficientvit_tiny"]
     assert {f: f.stat().st_mtime_ns for f in shards.rglob("*") if f.is_file()} == before
 
     cached = sum(f.stat().st_size for f in (checkout / ".dvc" / "cache").rglob("*") if f.is_file())
@@ -180,11 +180,9 @@ def test_repro_on_an_openeds_folder(checkout, tmp_path):
         train={"epochs": 1, "batch_size": 2},
         models=["efficientvit_tiny"],
     )
-    assert repro(checkout) == [
-        "download",
-        "materialize",
-        *(f"{stage}@efficientvit_tiny" for stage in ("train", "evaluate", "export")),
-    ]
+    ran = repro(checkout)
+    assert ran[:3] == ["download", "materialize", "train@efficientvit_tiny"]
+    assert sorted(ran[3:]) == ["evaluate@efficientvit_tiny", "export@efficientvit_tiny"]
     manifest = json.loads((checkout / "data/shards/validation/manifest.json").read_text())
     assert manifest["rows"] == 2
     assert "contiguous blocks of one subject" in manifest["split_rule"]
