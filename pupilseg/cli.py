@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pupilseg import __version__
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.program import run
+from pupilseg.program import positive_int, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure milliseconds a frame on this machine")
     bench.add_argument("file", type=Path, help="FILE.onnx")
-    bench.add_argument("--repeats", type=_positive, default=200, help="default: %(default)s")
+    bench.add_argument("--repeats", type=positive_int, default=200, help="default: %(default)s")
     bench.set_defaults(command=_bench)
     for command in (predict, bench):
-        command.add_argument("--threads", type=_positive, default=1, help="default: %(default)s")
+        command.add_argument("--threads", type=positive_int, default=1, help="default: %(default)s")
 
     shards = commands.add_parser("shards", help="look into shards")
     actions = shards.add_subparsers(required=True, metavar="ACTION")
@@ -82,14 +82,6 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("dir", type=Path, help="a split, e.g. DIR/train")
         action.set_defaults(command=function)
     return parser
-
-
-def _positive(text: str) -> int:
-    """Returns a whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 def _predict(args: argparse.Namespace) -> int:

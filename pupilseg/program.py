@@ -7,6 +7,7 @@ traceback.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
@@ -62,3 +63,19 @@ def _log_to_stderr() -> None:
         logger.addHandler(logging.StreamHandler())
         logger.propagate = False
     logger.setLevel(logging.INFO)
+
+
+def positive_int(text: str) -> int:
+    """Parses a whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def whole_number(text: str) -> int:
+    """Parses a whole number of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pupilseg.augment import AugmentConfig
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.config import TrainConfig
 from pupilseg.errors import UsageError
+from pupilseg.program import positive_int, whole_number
+
+if TYPE_CHECKING:
+    import argparse
 
 LATEST = "latest"
 """Value of a bare `--resume`: the training state in the output directory."""
@@ -43,22 +47,6 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive_int, help="use the first N frames of each split")
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile on CUDA")
     parser.add_argument("--no-augment", action="store_true", help="train on the frames as they are")
-
-
-def positive_int(text: str) -> int:
-    """Parses a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def whole_number(text: str) -> int:
-    """Parses a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 def config_from(args: argparse.Namespace, model: str) -> TrainConfig:

@@ -124,7 +124,7 @@ def test_shards(tmp_path, capsys):
         ([], 2, "COMMAND"),
         (["predict"], 2, "required"),
         (["predict", "x.png", "--model", "gone.onnx", "--out", "o"], 1, "error: there is no model"),
-        (["predict", "x", "--model", "m", "--out", "o", "--threads", "0"], 2, "not 1 or more"),
+        (["predict", "x", "--model", "m", "--out", "o", "--threads", "0"], 2, "0 is less than 1"),
         (["info", "gone.onnx"], 1, "error: there is no model file gone.onnx"),
         (["info", "gone.pt"], 1, "error: there is no file gone.pt"),
         (["info", "gone.zip"], 2, "error: gone.zip has the suffix '.zip'"),
