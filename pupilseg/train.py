@@ -105,10 +105,10 @@ def train(
 
 def _start_tracking(config: TrainConfig, card: Mapping[str, Any]) -> Tracker:
     """Opens the run that the environment asks for, with what decides it as parameters."""
-    model = create_model(config.model, **config.architecture)
+    entry = model_entry(config.model)
     return tracking.start(
         {**dataclasses.asdict(config), **card},
-        {"model_type": model_entry(config.model).model_type, "architecture": type(model).__name__},
+        {"model_type": entry.model_type, "architecture": entry.builder.__name__},
         config.model,
     )
 

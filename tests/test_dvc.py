@@ -1,6 +1,5 @@
 """The DVC pipelines: deps against imports, then real `dvc repro` runs in a copy of the checkout."""
 
-import ast
 import json
 import os
 import shutil
@@ -11,42 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.import_graph import ROOT, imported_files
+
 STAGES = ("download", "materialize", "train", "evaluate", "export")
 MODELS = ("efficientvit", "efficientvit_tiny", "ellipse")
-
-
-def imported_files(script):
-    """Returns the project's files that a script imports, directly or not, itself included."""
-    seen, todo = set(), [ROOT / script]
-    while todo:
-        file = todo.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        for module in imported_modules(file):
-            parts = module.split(".")
-            if parts[0] != "pupilseg":
-                continue
-            for end in range(1, len(parts) + 1):
-                base = ROOT.joinpath(*parts[:end])
-                todo += [f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()]
-    return {str(file.relative_to(ROOT)) for file in seen}
-
-
-def imported_modules(file):
-    """Names of the modules in a file's imports, wherever they stand but under TYPE_CHECKING."""
-    found, todo = set(), [ast.parse(file.read_text())]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        todo += ast.iter_child_nodes(node)
-    return found
 
 
 @pytest.mark.parametrize("folder", [".", "demo"])

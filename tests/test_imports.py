@@ -3,11 +3,11 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.import_graph import ROOT, imports, module_of
+
 PACKAGE = ROOT / "pupilseg"
 OPTIONAL = (
     *("mlflow", "modal", "datasets", "huggingface_hub", "onnx", "onnxscript", "onnxruntime"),
@@ -25,42 +25,6 @@ LAYERS = {
 """Lower modules never import higher ones; a module not named here is above all of these."""
 ON_TOP = 6
 LINES = {"pupilseg": 350, "pipeline": 80, "training": 120}
-
-
-def module_of(path):
-    """Returns a file's dotted name."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def is_type_checking(node):
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
-def imports(path, *, lazy=True):
-    """Returns the modules that a file imports when it runs, `from a import b` as a.b and a.
-
-    Args:
-        path: the file.
-        lazy: count imports inside functions too.
-    """
-    found = set()
-
-    def walk(node):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import in line {node.lineno}"
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        if not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            return
-        children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)
-        for child in children:
-            walk(child)
-
-    walk(ast.parse(path.read_text(encoding="utf-8")))
-    return found
 
 
 def files_of(folder):
