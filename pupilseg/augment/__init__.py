@@ -1,0 +1,96 @@
+"""Augmentation on the device, on whole batches, with every target kept consistent.
+
+A horizontal flip mirrors every target with the image; scale and shift move image and label, and
+the targets are made anew from the moved label; all else changes the image alone. Two forms give
+the same result from the same random numbers: `host`, frame by frame with OpenCV on the CPU, and
+`dense`, whole batches in torch on any other device. Random numbers come from a generator of their
+own, so a run is a function of its seed.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from pupilseg.augment.config import AugmentConfig
+from pupilseg.augment.dense import augment_dense
+from pupilseg.augment.host import augment_on_host
+from pupilseg.augment.plan import check_columns, make_plan, noise_field
+from pupilseg.distance import distance_table
+from pupilseg.parallel import ALONE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from pupilseg.augment.plan import Plan
+    from pupilseg.loader import Batch
+    from pupilseg.parallel import Ranks
+
+    Dense = Callable[[Batch, Plan, AugmentConfig, Tensor, Tensor], Batch]
+
+__all__ = ["AugmentConfig", "augment"]
+
+log = logging.getLogger(__name__)
+
+
+def augment(
+    batch: Batch,
+    config: AugmentConfig,
+    generator: torch.Generator,
+    ranks: Ranks = ALONE,
+    *,
+    compiled: bool = True,
+) -> Batch:
+    """Returns an augmented copy of a batch; the original's buffers are not written to.
+
+    Columns that no part changes are those of the batch itself, not copies.
+
+    Args:
+        batch: on any device. A column that was not asked for, an empty tensor, stays empty.
+        config: strengths.
+        generator: on the batch's device, in the same state on all ranks.
+        ranks: the processes that share a batch.
+        compiled: on CUDA, fuse the work with `torch.compile` (made at the first batch; without a
+            working compiler one warning is given and the work is done unfused). Without it the
+            squared distances take temporaries of 64 MiB and far longer.
+
+    Raises:
+        UsageError: scale or shift is on and a target is there without the label to remake it from.
+    """
+    check_columns(batch, config)
+    with torch.no_grad():
+        plan = make_plan(batch, config, generator, ranks)
+        device = batch.image.device
+        if device.type == "cpu":
+            return augment_on_host(batch, plan, config)
+        tables = distance_table(device), noise_field(device)
+        if device.type == "cuda" and compiled and not _given_up:
+            try:
+                return _compiled()(batch, plan, config, *tables)
+            except torch.OutOfMemoryError:
+                raise
+            # Dynamo's and Inductor's errors are RuntimeErrors. A fault of the work itself is
+            # raised again below.
+            except (RuntimeError, OSError) as error:
+                _given_up.append(str(error))
+                log.warning(
+                    "augmentation is not compiled, which makes it slower: %s; install a C compiler",
+                    str(error).strip().splitlines()[0],
+                )
+        return augment_dense(batch, plan, config, *tables)
+
+
+_given_up: list[str] = []
+"""Why compiling failed in this process, if it did; it is not tried again."""
+
+
+@cache
+def _compiled() -> Dense:
+    """Returns the compiled `augment_dense`, made when first wanted."""
+    form: Dense = torch.compile(augment_dense)
+    return form

@@ -1,0 +1,185 @@
+"""Targets of a label, exact, for whole batches in torch: on any device, without waiting for it.
+
+The same numbers as `pupilseg.maps` and `geometry.ellipse_vector` give frame by frame on the CPU:
+squared distances, distance maps and weights to the bit, ellipses to 1e-6. Nothing here depends on
+values that the host would have to see, so that all of it compiles and none of it synchronises.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pupilseg.geometry import RADIUS_UNIT
+from pupilseg.maps import CANNY_THRESHOLDS, DILATION_KERNEL, EDGE_WEIGHT, MAX_DISTANCE_SQUARED
+from pupilseg.shards.codec import distance_tables
+
+FAR = 1 << 14
+"""Rows, more than any frame has; its square exceeds every u^2 in a frame and fits int32."""
+BLOCK_VALUES = 1 << 24
+"""Values of one temporary of the uncompiled row pass: 64 MiB as int32."""
+CANNY_SHIFT = 15
+TAN_22_5 = 13573
+"""tan(22.5 degrees) in 15 fractional bits, as OpenCV's `canny.cpp` has it (`TG22`)."""
+assert CANNY_THRESHOLDS[1] < 255, "any step of a 0/255 image must be a strong edge"
+assert DILATION_KERNEL.shape == (2, 1), "the dilation below is that of a 2 x 1 column"
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy of a CPU tensor on a device, on CUDA without waiting for it."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def unless(condition: Tensor, values: Tensor, number: float) -> Tensor:
+    """Returns the values, and a number where the condition holds.
+
+    `torch.where` copies a number to CUDA, and waits for the copy; this does not.
+    """
+    return values.masked_fill(condition, number)
+
+
+@cache
+def distance_table(device: torch.device) -> Tensor:
+    """Returns `maps.signed_tables()` in one row on a device, float32 (1135046,).
+
+    Made once a device; the tables are formed on the CPU, since not every device has float64.
+    """
+    return on_device(torch.from_numpy(distance_tables().copy()).reshape(-1), device)
+
+
+def squared_distance(label: Tensor) -> Tensor:
+    """Returns u^2: the exact squared Euclidean distance of each pixel to the other class.
+
+    Separable (Felzenszwalb & Huttenlocher, Distance transforms of sampled functions, 2012): down
+    the columns by cumulative extrema, then along each row the least of
+    g(x')^2 + (x - x')^2 over x'. One pass serves both classes, because a pixel only asks for the
+    other one: in its own class x' counts with g, the distance within its column, else with 0.
+
+    Args:
+        label: (N, H, W), any dtype, non-zero is pupil; up to 400 x 640.
+
+    Returns:
+        int32 (N, H, W); `MAX_DISTANCE_SQUARED` in frames where a class is absent.
+    """
+    pupil = label != 0
+    height = pupil.shape[1]
+    row = torch.arange(height, dtype=torch.int32, device=pupil.device)[:, None]
+    steps = pupil[:, 1:] != pupil[:, :-1]
+    # Where the class changes, the row before a pixel is the nearest above of the other class.
+    above = F.pad(unless(~steps, row[:-1], -FAR), (0, 0, 1, 0), value=-FAR)
+    below = F.pad(unless(~steps, row[1:], FAR), (0, 0, 0, 1), value=FAR)
+    nearest_above = above.cummax(dim=1).values
+    nearest_below = below.flip(1).cummin(dim=1).values.flip(1)
+    column = torch.minimum(row - nearest_above, nearest_below - row)
+    return _along_rows((column * column).flatten(0, 1), pupil.flatten(0, 1)).view(pupil.shape)
+
+
+def _along_rows(column: Tensor, pupil: Tensor) -> Tensor:
+    """Returns u^2 from the squared distances within columns, both (rows, W)."""
+    if torch.compiler.is_compiling():  # one fused kernel: nothing of size W x W is ever stored
+        return _least_in_row(column, pupil)
+    rows = max(1, BLOCK_VALUES // column.shape[1] ** 2)
+    blocks = zip(column.split(rows), pupil.split(rows), strict=True)
+    return torch.cat([_least_in_row(*block) for block in blocks])
+
+
+def _least_in_row(column: Tensor, pupil: Tensor) -> Tensor:
+    """Returns the least of g(x')^2 + (x - x')^2 over x', int32 (rows, W)."""
+    x = torch.arange(column.shape[1], dtype=torch.int32, device=column.device)
+    across = (x[:, None] - x).square()
+    same_class = pupil[:, :, None] == pupil[:, None, :]
+    least = (unless(~same_class, column[:, None, :], 0) + across).amin(dim=2)
+    return least.clamp(max=MAX_DISTANCE_SQUARED)
+
+
+def signed_maps(squared: Tensor, label: Tensor, table: Tensor) -> Tensor:
+    """Returns both signed distance maps, as `maps.maps_from_squared`, to the bit.
+
+    Args:
+        squared: int32 (N, H, W), from `squared_distance`.
+        label: (N, H, W), the label that they are of.
+        table: `distance_table` of the device.
+
+    Returns:
+        float32 (N, 2, H, W).
+    """
+    inside = (label != 0).int() * (MAX_DISTANCE_SQUARED + 1)
+    outside = (MAX_DISTANCE_SQUARED + 1) - inside
+    return table[torch.stack([squared + outside, squared + inside], dim=1)]
+
+
+def spatial_weights(label: Tensor) -> Tensor:
+    """Returns the extra cross-entropy weight near the boundary, as `maps.spatial_weights`.
+
+    On a two-valued image any step is a strong edge, so Canny's tracing of weak ones has nothing to
+    do and what remains is local: Sobel with replicated border, L1 magnitude, zero beyond the
+    border, and OpenCV's suppression of what is no maximum across the edge (`canny.cpp`).
+
+    Args:
+        label: (N, H, W), any dtype, non-zero is pupil.
+
+    Returns:
+        float32 (N, H, W) of {0, 20}.
+    """
+    # Padding by indices: torch replicates borders of floating-point tensors only.
+    height, width = label.shape[1:]
+    y = torch.arange(-1, height + 1, device=label.device).clamp(0, height - 1)
+    x = torch.arange(-1, width + 1, device=label.device).clamp(0, width - 1)
+    level = (label != 0).int()[:, y][:, :, x]
+    down, right = level[:, 2:] - level[:, :-2], level[:, :, 2:] - level[:, :, :-2]
+    step_x = right[:, :-2] + 2 * right[:, 1:-1] + right[:, 2:]
+    step_y = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
+    size = step_x.abs() + step_y.abs()
+    padded = F.pad(size, (1, 1, 1, 1))
+
+    def neighbour(dy: int, dx: int) -> Tensor:
+        return padded[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+
+    rise = step_y.abs() << CANNY_SHIFT
+    flat = step_x.abs() * TAN_22_5
+    steep = flat + (step_x.abs() << (CANNY_SHIFT + 1))
+    level_edge = (size > neighbour(0, -1)) & (size >= neighbour(0, 1))
+    upright_edge = (size > neighbour(-1, 0)) & (size >= neighbour(1, 0))
+    falling = (step_x ^ step_y) < 0
+    before = torch.where(falling, neighbour(-1, 1), neighbour(-1, -1))
+    after = torch.where(falling, neighbour(1, -1), neighbour(1, 1))
+    oblique_edge = (size > before) & (size > after)
+    edge = torch.where(
+        rise < flat, level_edge, torch.where(rise > steep, upright_edge, oblique_edge)
+    )
+    weight = (edge & (size > 0)) * float(EDGE_WEIGHT)
+    # Each edge pixel, and the one below it. Padded as floats: Inductor's C++ for bools is broken.
+    return torch.maximum(weight, F.pad(weight[:, :-1], (0, 0, 1, 0)))
+
+
+def ellipse_vectors(label: Tensor) -> Tensor:
+    """Returns the upright ellipses with the labels' second moments, as `geometry.ellipse_vector`.
+
+    The moments are exact integers, so that float32 is enough for what follows.
+
+    Args:
+        label: (N, H, W), any dtype, non-zero is pupil.
+
+    Returns:
+        float32 (N, 4): cx / W, cy / H, rx / R, ry / R; zeros for a blink.
+    """
+    pupil = label != 0
+    height, width = pupil.shape[1:]
+    area = pupil.sum(dim=(1, 2))
+    pixels = area.clamp(min=1)
+    center, axis = [], []
+    for dim, length in ((1, width), (2, height)):
+        counts = pupil.sum(dim=dim)
+        place = torch.arange(length, device=pupil.device)
+        first, second = (counts * place).sum(dim=1), (counts * place.square()).sum(dim=1)
+        # At most 256,000 * 256,000 * 639^2 = 2.7e16: exact in int64.
+        variance = (pixels * second - first.square()).float() / pixels.float().square()
+        center.append(first.float() / pixels / length)
+        axis.append(2 * variance.sqrt() / RADIUS_UNIT)
+    vectors = torch.stack([*center, *axis], dim=1)
+    return unless(area[:, None] == 0, vectors, 0.0)
