@@ -7,7 +7,6 @@ alone, so everything is written in z: half the passes over memory of the form wi
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from pupilseg.models.ellipse import EllipseOutput
 
 SEGMENTATION_TERMS = ("loss", "ce_loss", "dice_loss", "surface_loss")
-ELLIPSE_TERMS = ("loss", "center_loss", "radius_loss", "heat_loss")
+ELLIPSE_TERMS = ("loss", "ce_loss", "dice_loss", "center_loss", "radius_loss")
 ALPHA_EPOCHS = 125
 """Longest run over which alpha falls, as in RITnet (`train.py`)."""
-RADIUS_WEIGHT = 2.0
-"""A pixel of radius error counts as two of centre error: centre spans 640 px, radii some 60."""
+COVER_CE_WEIGHT = 10.0
+"""Of the map's cross-entropy against its Dice: a mean over 16,000 cells of which 300 are pupil."""
 
 
 def alpha_schedule(epoch: int, epochs: int) -> float:
@@ -97,13 +96,13 @@ def surface(probability: Tensor, dist_map: Tensor) -> Tensor:
     return torch.lerp(background, pupil, probability).mean() / 2
 
 
-def segmentation_loss(logits: Tensor, batch: Batch, alpha: float) -> dict[str, Tensor]:
+def segmentation_loss(logits: Tensor, batch: Batch, alpha: float | Tensor) -> dict[str, Tensor]:
     """Returns the total and its parts: CE * (1 + w) + alpha * Dice + (1 - alpha) * surface.
 
     Args:
         logits: (N, 2, 400, 640), any float type.
         batch: the targets.
-        alpha: from `alpha_schedule`.
+        alpha: from `alpha_schedule`; a scalar tensor spares CUDA a copy.
 
     Returns:
         Scalars under the names of `SEGMENTATION_TERMS`; "loss" carries the gradient.
@@ -118,50 +117,52 @@ def segmentation_loss(logits: Tensor, batch: Batch, alpha: float) -> dict[str, T
     return dict(zip(SEGMENTATION_TERMS, (total, ce, dice, boundary), strict=True))
 
 
-def heat_loss(log_heat: Tensor, label: Tensor, has_pupil: Tensor) -> Tensor:
-    """Returns how far a heat map is from the pupil, averaged over the frames that have one.
+def cover_loss(cover: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns cross-entropy and Dice loss of a map of cells, averaged over frames.
 
-    Cross-entropy against a target that is uniform over the pupil's pixels, counted per cell, less
-    the target's entropy, so that 0 is perfect (Kullback-Leibler divergence; DSNT section 3.4
-    compares distributions likewise).
+    The target of a cell is the share of it that is pupil. Cross-entropy is the mean over cells, so
+    a perfect map has the entropy of the cells on the boundary, not 0. Dice is that of V-Net
+    (Milletari et al., arXiv 1606.04797, squares in the denominator), which is 0 for a perfect map
+    of shares too; a frame without a pupil adds 0 to it.
 
     Args:
-        log_heat: (N, h, w) log-probabilities that sum to one over the cells.
+        cover: (N, h, w) logits of the share.
         label: (N, H, W) of {0, 1}; H, W are multiples of h, w.
-        has_pupil: float (N,) of {0, 1}.
     """
-    cell = (label.shape[1] // log_heat.shape[1], label.shape[2] // log_heat.shape[2])
-    share = functional.avg_pool2d(label[:, None].to(log_heat.dtype), cell)[:, 0]
-    target = share / share.sum(dim=(1, 2), keepdim=True).clamp(min=1e-6)
-    divergence = torch.xlogy(target, target) - target * log_heat
-    return (divergence.sum(dim=(1, 2)) * has_pupil).sum() / has_pupil.sum().clamp(min=1)
+    cell = (label.shape[1] // cover.shape[1], label.shape[2] // cover.shape[2])
+    target = functional.avg_pool2d(label[:, None].to(cover.dtype), cell)[:, 0]
+    ce = functional.binary_cross_entropy_with_logits(cover, target)
+    share = torch.sigmoid(cover)
+    overlap = (share * target).sum(dim=(1, 2))
+    size = target.square().sum(dim=(1, 2))
+    total = share.square().sum(dim=(1, 2)) + size
+    dice = (1 - 2 * overlap / total.clamp(min=1e-6)) * (size > 0)
+    return ce, dice.mean()
 
 
-def ellipse_loss(output: Tensor | EllipseOutput, batch: Batch, alpha: float) -> dict[str, Tensor]:
-    """Returns the total and its parts: smooth L1 of centre and semi-axes in units of 10 px, heat.
+def ellipse_loss(output: EllipseOutput, batch: Batch, alpha: float | Tensor) -> dict[str, Tensor]:
+    """Returns the total and its parts: the map's cross-entropy and Dice, and the four numbers'.
 
-    A frame without a pupil asks for semi-axes of zero and says nothing of the centre.
+    The numbers are the map's moments, and the map alone is trained on: a frame whose darkest patch
+    is not its pupil would pull the centre of the wrong patch, and each weight of the numbers that
+    was tried made them worse (docs/benchmarks.md). Their own losses, smooth L1 in units of 10 px
+    over frames with a pupil, 0 for the others, are measured all the same.
 
     Args:
-        output: what the network gives in training mode, or (N, 4) normalised cx, cy, rx, ry.
+        output: what the network gives in training mode, or with `with_map`.
         batch: the targets.
         alpha: not used; every loss of the loop takes it.
 
     Returns:
-        Scalars under the names of `ELLIPSE_TERMS`; "loss" carries the gradient. In evaluation there
-        is no heat map: heat_loss is NaN and not part of the total.
+        Scalars under the names of `ELLIPSE_TERMS`, means over frames; "loss" carries the gradient.
     """
     del alpha
-    prediction, log_heat = (output, None) if not isinstance(output, tuple) else output
+    ce, dice = cover_loss(output.cover.float(), batch.label)
     error = functional.smooth_l1_loss(
-        ellipse_px(prediction) / 10, ellipse_px(batch.ellipse) / 10, reduction="none"
+        ellipse_px(output.ellipse.detach()) / 10, ellipse_px(batch.ellipse) / 10, reduction="none"
     )
     has_pupil = (batch.ellipse[:, 2] > 0).to(error.dtype)
-    center = (error[:, :2].sum(dim=1) * has_pupil).sum() / has_pupil.sum().clamp(min=1)
-    radius = error[:, 2:].sum(dim=1).mean()
-    total = center + RADIUS_WEIGHT * radius
-    heat = total.new_full((), math.nan)
-    if log_heat is not None:
-        heat = heat_loss(log_heat, batch.label, has_pupil)
-        total = total + heat
-    return dict(zip(ELLIPSE_TERMS, (total, center, radius, heat), strict=True))
+    center = (error[:, :2].sum(dim=1) * has_pupil).mean()
+    radius = (error[:, 2:].sum(dim=1) * has_pupil).mean()
+    total = COVER_CE_WEIGHT * ce + dice
+    return dict(zip(ELLIPSE_TERMS, (total, ce, dice, center, radius), strict=True))

@@ -6,18 +6,18 @@ import torch
 from batches import BLINK, batch_of, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 
 from pupilseg.geometry import ELLIPSE_SCALE
 from pupilseg.losses import (
+    COVER_CE_WEIGHT,
     ELLIPSE_TERMS,
-    RADIUS_WEIGHT,
     SEGMENTATION_TERMS,
     alpha_schedule,
+    cover_loss,
     cross_entropy,
     ellipse_loss,
     generalised_dice,
-    heat_loss,
     segmentation_loss,
     surface,
 )
@@ -223,86 +223,101 @@ def test_label_of_any_integer_type_gives_the_same_loss(batch):
         assert terms(other) == terms(segmentation_loss(logits, batch, 0.5))
 
 
-def ellipse_reference(prediction, truth):
-    error = (np.float64(prediction) - np.float64(truth)) * ELLIPSE_SCALE / 10
-    size = np.abs(error)
+def ellipse_reference(prediction, cover, batch):
+    """The five terms in float64 by NumPy and SciPy, a frame at a time."""
+    prediction, truth = np.float64(prediction), np.float64(batch.ellipse)
+    size = np.abs(prediction - truth) * ELLIPSE_SCALE / 10
     smooth = np.where(size < 1, 0.5 * size**2, size - 0.5)
-    shown = truth[:, 2] > 0
-    center = smooth[shown, :2].sum(axis=1).mean() if shown.any() else 0.0
-    radius = smooth[:, 2:].sum(axis=1).mean()
-    return {"loss": center + RADIUS_WEIGHT * radius, "center_loss": center, "radius_loss": radius}
-
-
-def heat_reference(log_heat, label):
-    """Kullback-Leibler divergence by SciPy, a frame at a time, over cells of 4 x 4 pixels."""
-    found = []
-    for heat, mask in zip(np.exp(np.float64(log_heat)), label, strict=True):
+    rows = []
+    for error, logit, mask in zip(smooth, np.float64(cover), batch.label.numpy(), strict=True):
+        cells = np.add.reduceat(np.add.reduceat(mask, range(0, 400, 4), 0), range(0, 640, 4), 1)
+        target, p = cells / 16, expit(logit)
+        ce = -(target * log_expit(logit) + (1 - target) * log_expit(-logit)).mean()
         if mask.any():
-            cells = np.add.reduceat(np.add.reduceat(mask, range(0, 400, 4), 0), range(0, 640, 4), 1)
-            found.append(rel_entr(cells / cells.sum(), heat).sum())
-    return np.mean(found) if found else 0.0
+            dice = 1 - 2 * (p * target).sum() / ((p**2).sum() + (target**2).sum())
+            rows.append([COVER_CE_WEIGHT * ce + dice, ce, dice, error[:2].sum(), error[2:].sum()])
+        else:
+            rows.append([COVER_CE_WEIGHT * ce, ce, 0, 0, 0])
+    return dict(zip(ELLIPSE_TERMS, np.mean(rows, axis=0), strict=True))
 
 
-def random_heat(frames, seed=0):
+def random_cover(frames, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(frames, 100 * 160, generator=generator) * 3
-    return noise.log_softmax(dim=1).view(frames, 100, 160)
+    return torch.randn(frames, 100, 160, generator=generator) * 3
+
+
+def perfect_cover(label):
+    """Logits whose sigmoid is each cell's share of pupil."""
+    share = torch.nn.functional.avg_pool2d(label[:, None].double(), 4)[:, 0]
+    return torch.logit(share, eps=1e-9)
 
 
 @pytest.mark.parametrize("near", [0.001, 0.3])
 def test_ellipse_loss_equals_the_reference(batch, near):
-    """Near the truth the loss is square, far from it linear."""
+    """Near the truth the loss of the numbers is square, far from it linear."""
     rng = np.random.default_rng(5)
     prediction = batch.ellipse.numpy() + rng.normal(size=(3, 4)).astype(np.float32) * near
-    found = terms(ellipse_loss(torch.from_numpy(prediction), batch, 0.5))
+    cover = random_cover(3)
+    found = terms(ellipse_loss(EllipseOutput(torch.from_numpy(prediction), cover), batch, 0.5))
     assert tuple(found) == ELLIPSE_TERMS
-    for name, value in ellipse_reference(prediction, batch.ellipse.numpy()).items():
+    for name, value in ellipse_reference(prediction, cover.numpy(), batch).items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
-    assert np.isnan(found["heat_loss"])
 
 
-def test_in_training_the_heat_map_counts_too(batch):
-    heat = random_heat(3)
-    prediction = batch.ellipse + 0.1
-    found = terms(ellipse_loss(EllipseOutput(prediction, heat), batch, 0.5))
-    plain = terms(ellipse_loss(prediction, batch, 0.5))
-    assert found["heat_loss"] == pytest.approx(
-        heat_reference(heat.numpy(), batch.label.numpy()), rel=1e-5
-    )
-    assert found["loss"] == pytest.approx(plain["loss"] + found["heat_loss"], rel=1e-6)
+def test_a_map_of_the_true_shares_is_the_best_there_is(batch):
+    label = batch.label[:2]
+    perfect = perfect_cover(label)
+    ce, dice = cover_loss(perfect, label)
+    assert abs(float(dice)) < 1e-6
+    for other in (torch.roll(perfect, 1, dims=2), perfect * 0.9, perfect * 1.1):
+        worse_ce, worse_dice = cover_loss(other, label)
+        assert worse_ce > ce
+        assert worse_dice > dice
 
 
-def test_a_heat_map_that_is_the_pupil_is_perfect(batch):
-    share = torch.nn.functional.avg_pool2d(batch.label[:2, None].double(), 4)[:, 0]
-    perfect = (share / share.sum(dim=(1, 2), keepdim=True)).clamp(min=1e-30).log()
-    pupil = torch.ones(2)
-    assert abs(float(heat_loss(perfect, batch.label[:2], pupil))) < 1e-6
-    shifted = torch.roll(perfect, 2, dims=2)
-    assert float(heat_loss(shifted, batch.label[:2], pupil)) > 0.1
+def test_gradients_of_the_map_by_finite_differences():
+    generator = torch.Generator().manual_seed(3)
+    label = (torch.rand(3, 8, 12, generator=generator) < 0.4).double()
+    label[2] = 0
+    cover = torch.randn(3, 2, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: cover_loss(x, label), cover)
 
 
-def test_a_blink_asks_nothing_of_the_heat_map():
-    batch = batch_of([BLINK])
-    heat = random_heat(1).requires_grad_()
-    losses = ellipse_loss(EllipseOutput(torch.zeros(1, 4), heat), batch, 0.5)
+def test_the_numbers_are_measured_and_the_map_is_trained(batch):
+    ellipse = (batch.ellipse + 0.1).requires_grad_()
+    cover = random_cover(3).requires_grad_()
+    losses = ellipse_loss(EllipseOutput(ellipse, cover), batch, 0.5)
     losses["loss"].backward()
-    assert float(losses["heat_loss"].detach()) == 0
-    assert not heat.grad.any()
+    assert losses["center_loss"] > 0
+    assert losses["radius_loss"] > 0
+    assert ellipse.grad is None
+    assert (cover.grad != 0).all()
 
 
-def test_ellipse_loss_of_a_blink_asks_for_no_size_and_leaves_the_centre_alone():
+def test_a_blink_asks_for_an_empty_map_and_nothing_else():
     batch = batch_of([BLINK])
-    prediction = torch.tensor([[0.3, 0.8, 0.2, 0.1]], requires_grad=True)
-    losses = ellipse_loss(prediction, batch, 0.5)
+    cover = random_cover(1).requires_grad_()
+    losses = ellipse_loss(EllipseOutput(torch.full((1, 4), 0.3), cover), batch, 0.5)
     losses["loss"].backward()
-    assert torch.equal(prediction.grad[0, :2], torch.zeros(2))
-    assert (prediction.grad[0, 2:] > 0).all()
-    nothing = terms(ellipse_loss(torch.tensor([[0.9, 0.1, 0.0, 0.0]]), batch, 0.5))
-    assert [nothing[name] for name in ("loss", "center_loss", "radius_loss")] == [0, 0, 0]
+    assert (cover.grad > 0).all()
+    found = {name: float(value.detach()) for name, value in losses.items()}
+    assert [found[name] for name in ("dice_loss", "center_loss", "radius_loss")] == [0, 0, 0]
+    empty = ellipse_loss(EllipseOutput(torch.zeros(1, 4), torch.full_like(cover, -30)), batch, 0.5)
+    assert terms(empty)["loss"] < 1e-9
+
+
+def test_a_full_frame_has_a_finite_loss_and_gradient():
+    batch = batch_of([1 - BLINK])
+    cover = (random_cover(1) * 100).requires_grad_()
+    losses = ellipse_loss(EllipseOutput(torch.zeros(1, 4), cover), batch, 0.5)
+    losses["loss"].backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert torch.isfinite(cover.grad).all()
 
 
 def test_ellipse_loss_in_half_precision_is_float32(batch):
-    losses = ellipse_loss(batch.ellipse.half(), batch, 0.5)
+    output = EllipseOutput(batch.ellipse.half(), random_cover(3).half())
+    losses = ellipse_loss(output, batch, 0.5)
     assert {value.dtype for value in losses.values()} == {torch.float32}
 
 
@@ -313,7 +328,10 @@ def test_losses_of_equal_frames_do_not_depend_on_their_number(criterion):
     if criterion is segmentation_loss:
         output = random_logits(1)
     else:
-        output = torch.tensor([[0.5, 0.5, 0.1, 0.1]])
+        output = EllipseOutput(torch.tensor([[0.5, 0.5, 0.1, 0.1]]), random_cover(1))
     single = terms(criterion(output, one, 0.5))
-    double = terms(criterion(output.repeat(2, *[1] * (output.ndim - 1)), two, 0.5))
-    assert double == pytest.approx(single, rel=1e-5, nan_ok=True)
+    if criterion is segmentation_loss:
+        output = torch.cat([output, output])
+    else:
+        output = EllipseOutput(*(torch.cat([part, part]) for part in output))
+    assert terms(criterion(output, two, 0.5)) == pytest.approx(single, rel=1e-5)

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 import pupilseg
 from pupilseg.errors import UsageError
+from pupilseg.geometry import ELLIPSE_SCALE, Ellipse, ellipse_mask, ellipse_vector
 from pupilseg.models import (
     MODELS,
     EllipseRegressionNet,
@@ -18,7 +21,7 @@ from pupilseg.models import (
 from pupilseg.models.efficientvit import UPSAMPLING, bilinear_subpixel_kernel
 from pupilseg.models.layers import CascadedGroupAttention, RelativeBias
 
-PARAMETERS = {"efficientvit": 25_785, "efficientvit_tiny": 9_737, "ellipse": 25_676}
+PARAMETERS = {"efficientvit": 25_785, "efficientvit_tiny": 9_737, "ellipse": 25_625}
 LIMITS = {"efficientvit": 60_000, "efficientvit_tiny": 10_000, "ellipse": 60_000}
 CLASSES = {
     "efficientvit": TinyEfficientViTSeg,
@@ -47,6 +50,9 @@ def perturbed(name, seed=0):
         for key, value in model.state_dict().items():
             if key.endswith(".1.weight") and value.ndim == 1:  # gains of the norms
                 value.add_(0.3)
+        if name == "ellipse":  # else every cell of every frame is sure that it is pupil
+            model.score.weight.mul_(0.02)
+            model.score.bias.fill_(-6)
     return model
 
 
@@ -408,12 +414,94 @@ def test_segmentation_starts_with_a_bilinear_head():
     assert not head.upsample.bias.any()
 
 
-def with_presence(value):
-    """An ellipse network whose third number, the presence, is `value` for any frame."""
-    model = perturbed("ellipse")
-    with torch.no_grad():
-        model.size.weight[2], model.size.bias[2] = 0, value
-    return model
+class Cover(torch.nn.Module):
+    """In place of the map's convolution: logits of the shares of pupil in the cells of masks.
+
+    Args:
+        masks: uint8 (N, 400, 640).
+        sure: logit of a cell that is all pupil; its negative where there is none.
+    """
+
+    def __init__(self, masks, sure=30.0):
+        super().__init__()
+        pixels = torch.from_numpy(np.stack(masks)).double()[:, None]
+        share = functional.avg_pool2d(pixels, 4)
+        self.logits = torch.logit(share, eps=1e-12).clamp(-sure, sure).float()
+
+    def forward(self, features):
+        return self.logits
+
+
+def moments_of(masks, *, mixed=False, sure=30.0):
+    """What the network makes of a map: (N, 4) in px."""
+    model = create_model("ellipse").eval()
+    model.score = Cover(masks, sure)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        found = run(model, images(len(masks)))
+    assert found.dtype == torch.float32
+    return found.numpy() * ELLIPSE_SCALE
+
+
+def drawn(x, y, a, b, angle=0.0):
+    return ellipse_mask(Ellipse(x, y, a, b, angle))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.floats(40, 600), st.floats(30, 370), st.floats(20, 65), st.floats(0.7, 1), st.floats(0, 3)
+)
+def test_a_map_of_any_ellipse_gives_the_ellipse_of_the_masks_moments(x, y, a, flat, angle):
+    """Tilted and cut by the border too: the numbers are the moments of what is in the frame."""
+    mask = drawn(x, y, a, a * flat, angle)
+    expected = ellipse_vector(mask) * ELLIPSE_SCALE
+    np.testing.assert_allclose(moments_of([mask])[0], expected, rtol=0, atol=0.3)
+
+
+def test_the_moments_of_cells_have_next_to_no_bias():
+    """Where cells are coarsest against the pupil; 0.1 px is 1.4 % of the area."""
+    rng = np.random.default_rng(0)
+    masks = [drawn(*rng.uniform(150, 250, 2), *rng.uniform(14, 18, 2)) for _ in range(60)]
+    expected = np.stack([ellipse_vector(mask) for mask in masks]) * ELLIPSE_SCALE
+    error = (moments_of(masks) - expected).mean(axis=0)
+    assert np.abs(error[:2]).max() < 0.03
+    assert np.abs(error[2:]).max() < 0.1
+
+
+def test_mixed_precision_keeps_the_numbers():
+    masks = [drawn(601.3, 377.8, 22, 18)]
+    plain, mixed = moments_of(masks), moments_of(masks, mixed=True)
+    np.testing.assert_allclose(mixed, plain, rtol=0, atol=1e-3)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = perturbed("ellipse").train()(images(2))
+    assert output.cover.dtype == output.ellipse.dtype == torch.float32
+
+
+def test_a_dark_corner_moves_nothing():
+    """Smaller than the pupil, or less sure of itself: the fullest place is the pupil's."""
+    pupil, corner = drawn(400.2, 220.7, 34, 30), drawn(30, 60, 20, 20)
+    alone, both = moments_of([pupil]), moments_of([pupil | corner])
+    np.testing.assert_allclose(both, alone, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sure", [3.0, 6.0])
+def test_a_map_that_is_never_sure_of_nothing_has_no_tails(sure):
+    """At a logit of -3 each of 16,000 cells has a share of 0.05, more than the pupil in all."""
+    mask = drawn(200.4, 150.6, 18, 15)
+    np.testing.assert_allclose(moments_of([mask], sure=sure), moments_of([mask]), atol=0.3)
+
+
+def test_a_map_without_pupil_has_no_size():
+    blink = np.zeros((400, 640), np.uint8)
+    speck = drawn(300, 200, 2, 2)
+    found = moments_of([blink, speck, drawn(300, 200, 8, 8)])
+    assert not found[:2, 2:].any()
+    assert (found[2, 2:] > 7).all()
+
+
+def test_a_full_map_is_finite_and_normalised():
+    found = moments_of([np.ones((400, 640), np.uint8)]) / ELLIPSE_SCALE
+    assert found.min() >= 0
+    assert found.max() <= 1
 
 
 def test_ellipse_output_is_normalised():
@@ -421,53 +509,17 @@ def test_ellipse_output_is_normalised():
         output = run(perturbed("ellipse", seed), images(3, seed))
         assert output.min() >= 0
         assert output.max() <= 1
+
+
+def test_the_map_comes_along_in_training_and_on_request():
+    model, image = perturbed("ellipse"), images(2)
+    plain = run(model, image)
+    model.with_map = True
+    output = run(model, image)
+    assert torch.equal(output.ellipse, plain)
+    assert output.cover.shape == (2, 100, 160)
+    model.with_map = False
     with torch.no_grad():
-        model = with_presence(20.0)
-        model.size.bias[:2] = 50.0
-    assert torch.equal(run(model, images(2))[:, 2:], torch.ones(2, 2))
-
-
-def test_a_frame_judged_empty_has_no_size_in_evaluation():
-    shown, hidden = run(with_presence(20.0), images(2)), run(with_presence(-20.0), images(2))
-    assert (shown[:, 2:] > 0).all()
-    assert torch.equal(hidden[:, 2:], torch.zeros(2, 2))
-    assert torch.equal(hidden[:, :2], shown[:, :2])
-
-
-def test_presence_scales_the_size_in_training_so_that_it_can_be_learned():
-    model = with_presence(-3.0).train()
-    radii = model(images(2)).ellipse[:, 2:]
-    radii.sum().backward()
-    assert model.size.bias.grad[2] > 0
-    assert 0 < radii.max() < 0.5
-
-
-class Blob(torch.nn.Module):
-    """In place of the heat map's convolution: a normal distribution over the cells."""
-
-    x, y, width, height = 40.25, 70.0, 6.0, 3.0
-
-    def forward(self, features):
-        y, x = torch.meshgrid(torch.arange(100.0), torch.arange(160.0), indexing="ij")
-        heat = -((x - self.x) ** 2) / (2 * self.width**2) - (y - self.y) ** 2 / (2 * self.height**2)
-        return heat.expand(len(features), 1, 100, 160)
-
-
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])
-def test_ellipse_centre_and_size_come_from_the_heat_map(mixed):
-    """One blob gives its centre, and twice its spread as semi-axes, in mixed precision too."""
-    model = create_model("ellipse").eval()
-    model.heat = Blob()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-        cx, cy, rx, ry = run(model, images(1))[0].tolist()
-    unit = np.hypot(640, 400) / 2
-    assert cx * 640 == pytest.approx(Blob.x * 4 + 1.5, abs=1e-2)
-    assert cy * 400 == pytest.approx(Blob.y * 4 + 1.5, abs=1e-2)
-    assert rx * unit == pytest.approx(2 * Blob.width * 4, abs=1e-2)
-    assert ry * unit == pytest.approx(2 * Blob.height * 4, abs=1e-2)
-
-
-def test_ellipse_heat_map_in_training_is_a_log_probability():
-    output = perturbed("ellipse").train()(images(2))
-    assert output.heat.shape == (2, 100, 160)
-    torch.testing.assert_close(output.heat.exp().sum(dim=(1, 2)), torch.ones(2))
+        trained = model.train()(image)
+    assert trained.cover.shape == output.cover.shape
+    assert trained.ellipse.shape == plain.shape

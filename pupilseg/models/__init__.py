@@ -57,7 +57,7 @@ MODELS = {
         EllipseRegressionNet,
         "ellipse",
         "EllipseRegressionNet",
-        "upright ellipse from the mean and spread of a heat map",
+        "upright ellipse, the moments of a soft mask of 4 px cells",
     ),
 }
 
