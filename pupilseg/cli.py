@@ -1,8 +1,9 @@
-"""The command `pupilseg`: predict, info, bench, shards."""
+"""The command `pupilseg`: predict, info, bench, shards, upload-run."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -81,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=text)
         action.add_argument("dir", type=Path, help="a split, e.g. DIR/train")
         action.set_defaults(command=function)
+
+    upload = commands.add_parser(
+        "upload-run",
+        help="send to MLflow what it missed of a training run",
+        description="Sends what an MLflow server that was down missed of training runs (numbers, "
+        "files, status), and removes the files that held it. What the server has is not sent "
+        "again. Set MLFLOW_TRACKING_URI if the server has another address now.",
+    )
+    upload.add_argument(
+        "path", type=Path, help="directory with checkpoints, or a *_mlflow.jsonl in one"
+    )
+    upload.set_defaults(command=_upload_run)
     return parser
 
 
@@ -203,6 +216,21 @@ def _shards_verify(args: argparse.Namespace) -> int:
     from pupilseg.shards import verify
 
     print(f"{args.dir}: {verify(args.dir)} samples, every byte as written")
+    return 0
+
+
+def _upload_run(args: argparse.Namespace) -> int:
+    """Sends what a server missed, and says what that was."""
+    from pupilseg.upload import upload
+
+    done = upload(args.path, os.environ.get("MLFLOW_TRACKING_URI"))
+    for sent in done:
+        print(
+            f"run {sent.run_id} ({sent.name}) at {sent.uri}: {sent.epochs} epochs and "
+            f"{sent.artifacts} files sent"
+        )
+    if not done:
+        print(f"{args.path}: nothing left to send")
     return 0
 
 

@@ -130,6 +130,8 @@ def test_shards(tmp_path, capsys):
         (["info", "gone.zip"], 2, "error: gone.zip has the suffix '.zip'"),
         (["bench", "gone.onnx"], 1, "error: there is no model file"),
         (["shards", "info", "gone"], 1, "error: gone has no manifest.json"),
+        (["upload-run", "gone"], 1, "error: gone does not exist; expected a directory"),
+        (["upload-run", __file__], 1, "test_cli.py is another file; expected a directory"),
     ],
 )
 def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
@@ -139,6 +141,11 @@ def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
     assert message in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_upload(tmp_path, capsys):
+    assert main(["upload-run", str(tmp_path)]) == 0
+    assert f"{tmp_path}: nothing left to send" in capsys.readouterr().out
 
 
 def test_output_that_cannot_be_written(model, image, tmp_path, capsys):
