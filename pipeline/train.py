@@ -6,14 +6,12 @@ python -m pipeline.train --model NAME --shards DIR --out DIR [--epochs N ...]
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from pupilseg.device import find_device
-from pupilseg.history import epoch_line
 from pupilseg.models import model_entry
 from pupilseg.program import run
-from pupilseg.train import train
-from pupilseg.train_flags import add_train_arguments, config_from, resume_file
+from pupilseg.train_flags import add_train_arguments, train_as_asked
 
 
 def main() -> int:
@@ -27,17 +25,9 @@ def main() -> int:
     add_train_arguments(parser)
     args = parser.parse_args()
     model_entry(args.model)
-    result = train(
-        config_from(args, args.model),
-        args.shards,
-        args.out,
-        device=find_device(args.device),
-        resume=resume_file(args, args.model, args.out),
-        limit=args.limit,
-        on_epoch=lambda row: print(epoch_line(row, args.epochs), flush=True),
+    return train_as_asked(
+        args, args.model, args.out, lambda: args.shards, partial(print, flush=True)
     )
-    print(f"best: {result.best_file} (mIoU {result.best['valid_iou']:.4f})")
-    return 130 if result.interrupted else 0
 
 
 if __name__ == "__main__":

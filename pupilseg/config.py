@@ -19,16 +19,20 @@ class TrainConfig:
         model: name in `pupilseg.models`.
         architecture: overrides of the network's keyword arguments.
         epochs: length of the run.
-        batch_size: frames a step (recorded; the loader was made with it).
+        batch_size: frames a step, over all processes (the loader was made with it).
         lr: peak learning rate of the one-cycle schedule.
         weight_decay: of AdamW, on convolution and linear weights only.
         warmup: share of the steps over which the rate rises.
         ema_decay: per-step decay of the averaged weights, which are what is validated and saved.
         clip: largest gradient norm.
         seed: of initial weights, order and augmentation.
-        compile: `torch.compile` on CUDA.
-        amp: mixed precision on CUDA.
+        amp: mixed precision on CUDA: bfloat16 where the hardware has it, else float16, scaled.
+        tf32: float32 products in TF32 on CUDA.
+        channels_last: images and kernels with their channels innermost.
         augment: strengths; None trains on the frames as they are.
+        compile: `torch.compile` on CUDA.
+        cudnn_benchmark: let cuDNN try which kernels are fastest, on CUDA.
+        defer_metrics: leave the epochs' numbers on the device until the run ends.
     """
 
     model: str = "efficientvit"
@@ -41,9 +45,17 @@ class TrainConfig:
     ema_decay: float = 0.99
     clip: float = 1.0
     seed: int = 0
-    compile: bool = True
     amp: bool = True
+    tf32: bool = True
+    channels_last: bool = True
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    compile: bool = True
+    cudnn_benchmark: bool = True
+    defer_metrics: bool = False
+
+
+SPEED_ONLY = ("compile", "cudnn_benchmark", "defer_metrics")
+"""Fields that make a run faster or slower, but no other run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,3 +36,7 @@ class OutputError(PupilSegError):
 
 class LockedError(PupilSegError):
     """A directory that another process of this library is writing to."""
+
+
+class ParallelError(PupilSegError):
+    """Another process of a parallel job ended, or does not answer."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RECORD = "source.json"
+DATASET = "Conner/sddec25-01"
+"""OpenEDS on the Hub: what is trained on where nothing else is asked for."""
 
 
 def default_workers() -> int:

@@ -11,13 +11,15 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from pupilseg.errors import PupilSegError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -79,3 +81,30 @@ def whole_number(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+@contextmanager
+def finishing(what: str) -> Generator[Callable[[], bool]]:
+    """Makes the first Ctrl-C a request, and leaves the second what it always was.
+
+    Args:
+        what: is finished before the program ends, such as "this epoch".
+
+    Yields:
+        A function that says whether Ctrl-C was pressed.
+    """
+    pressed = False
+
+    def handle(_signal: int, _frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        # Not sys.stderr: a handler may run while that is in the middle of a write.
+        os.write(2, f"\nfinishing {what}, then stopping; Ctrl-C again stops at once\n".encode())
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -10,27 +10,36 @@ import dataclasses
 import hashlib
 import json
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from pupilseg import tracking
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.engine import fit
 from pupilseg.loader import make_loader
 from pupilseg.models import create_model, model_entry
+from pupilseg.parallel import ALONE
+from pupilseg.run import notes_of
+from pupilseg.run_artifacts import make_artifacts
 from pupilseg.shards import open_shards
+from pupilseg.spool import SPOOL_SUFFIX
+from pupilseg.tracking import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    import torch
-
     from pupilseg.config import FitResult, TrainConfig
-    from pupilseg.tracking import Tracker
+    from pupilseg.parallel import Ranks
+    from pupilseg.shards.reader import ShardSet
 
 log = logging.getLogger(__name__)
 
 RENDERED_LICENCE = "MIT; trained on rendered eyes only"
+RUN_NOTE = "mlflow_run"
+"""Name of the MLflow run's id in the training state."""
 DATA_LICENCE = "bound by the licence of its training data; OpenEDS is for research only"
 
 
@@ -40,43 +49,53 @@ def train(
     output_dir: Path,
     *,
     device: torch.device,
+    ranks: Ranks = ALONE,
     resume: Path | None = None,
     limit: int | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> FitResult:
-    """Trains a network on a directory of shards.
+    """Trains a network on a directory of shards, tracked where the environment asks for it.
 
     Args:
         config: what to train and how.
         shards_dir: holds train/ and validation/.
         output_dir: gets the checkpoints and `{model}_history.csv`.
         device: where to train.
+        ranks: the processes of the job, from `parallel.join_ranks`.
         resume: a training state to go on from.
         limit: use the first `limit` frames of each split only.
         on_epoch: called with each epoch's row.
+        stop: asked after each epoch; true ends the run there.
 
     Raises:
         PupilSegError: as `open_shards`, `tracking.start` and `fit`.
     """
+    share = ranks.share_of(config.batch_size)
+    loader = partial(
+        make_loader,
+        batch_size=share,
+        device=device,
+        seed=config.seed,
+        limit=limit,
+        label_dtype=torch.uint8,  # every use converts it; int64 would be 8 times the bytes
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     with (
         open_shards(shards_dir / "train") as train_shards,
         open_shards(shards_dir / "validation") as valid_shards,
-        make_loader(
-            train_shards,
-            batch_size=config.batch_size,
-            device=device,
-            shuffle=True,
-            seed=config.seed,
-            drop_last=True,
-            limit=limit,
-        ) as train_loader,
-        make_loader(
-            valid_shards, batch_size=config.batch_size, device=device, limit=limit
-        ) as valid_loader,
+        loader(train_shards, shuffle=True, drop_last=True) as train_loader,
+        loader(valid_shards) as valid_loader,
     ):
-        _announce(config, device, train_loader.samples, valid_loader.samples, train_shards.manifest)
-        card = data_card(train_shards.manifest, train_loader.samples)
-        tracker = _start_tracking(config, card)
+        frames = {
+            "train": min(len(train_shards), limit or len(train_shards)),
+            "validation": min(len(valid_shards), limit or len(valid_shards)),
+        }
+        _announce(config, device, ranks, frames, train_shards.manifest)
+        card = data_card(train_shards.manifest, frames["train"])
+        notes = {} if resume is None else notes_of(resume)
+        tracker = _start_tracking(config, card, output_dir, notes) if ranks.first else Tracker()
 
         def report(row: dict[str, float]) -> None:
             tracker.log_epoch(row)
@@ -92,25 +111,55 @@ def train(
                 output_dir,
                 device=device,
                 card=card,
+                ranks=ranks,
                 resume=resume,
+                notes=notes,
                 on_epoch=report,
+                on_file=partial(tracker.log_artifact, folder="checkpoints"),
+                stop=stop,
             )
+            if tracker.run_id is not None:
+                _log_outcome(tracker, config, result, output_dir, valid_shards)
             status = "KILLED" if result.interrupted else "FINISHED"
-            tracker.log_file(result.best_file)
-            tracker.log_file(output_dir / CHECKPOINT_NAMES[config.model].history)
         finally:
             tracker.end(status)
         return result
 
 
-def _start_tracking(config: TrainConfig, card: Mapping[str, Any]) -> Tracker:
-    """Opens the run that the environment asks for, with what decides it as parameters."""
+def _start_tracking(
+    config: TrainConfig, card: Mapping[str, Any], output_dir: Path, notes: dict[str, str]
+) -> Tracker:
+    """Opens the run that the environment asks for, with what decides it as parameters.
+
+    Args:
+        config: of the run.
+        card: says which data, never holds them.
+        output_dir: gets what the server has not confirmed.
+        notes: of the training state; name the run to go on with, and get that of a new one.
+    """
     entry = model_entry(config.model)
-    return tracking.start(
+    tracker = tracking.start(
         {**dataclasses.asdict(config), **card},
         {"model_type": entry.model_type, "architecture": entry.builder.__name__},
         config.model,
+        spool=output_dir / f"{config.model}{SPOOL_SUFFIX}",
+        run_id=notes.get(RUN_NOTE),
     )
+    if tracker.run_id is not None:
+        notes[RUN_NOTE] = tracker.run_id
+    return tracker
+
+
+def _log_outcome(
+    tracker: Tracker, config: TrainConfig, result: FitResult, output_dir: Path, valid: ShardSet
+) -> None:
+    """Hands over the best model, the history, and what shows how the run went."""
+    history = output_dir / CHECKPOINT_NAMES[config.model].history
+    folder = output_dir / f"{config.model}_mlflow"
+    tracker.log_artifact(result.best_file, "checkpoints")
+    tracker.log_artifact(history)
+    for path in make_artifacts(result.best_file, history, valid, folder):
+        tracker.log_artifact(path)
 
 
 def data_card(manifest: Mapping[str, Any], frames: int) -> dict[str, Any]:
@@ -136,8 +185,8 @@ def data_card(manifest: Mapping[str, Any], frames: int) -> dict[str, Any]:
 def _announce(
     config: TrainConfig,
     device: torch.device,
-    train_frames: int,
-    valid_frames: int,
+    ranks: Ranks,
+    frames: Mapping[str, int],
     manifest: Mapping[str, Any],
 ) -> None:
     """Says what is about to be trained, on what and where."""
@@ -148,9 +197,9 @@ def _announce(
         config.model,
         f"{parameters:,}",
         manifest["source"],
-        train_frames,
-        valid_frames,
-        device,
+        frames["train"],
+        frames["validation"],
+        device if ranks.world_size == 1 else f"{ranks.world_size} processes, this one on {device}",
         CHECKPOINT_NAMES[config.model].best,
     )
     log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))

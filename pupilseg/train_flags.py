@@ -1,7 +1,8 @@
-"""Command-line flags that every training program shares, and the configuration they make."""
+"""The command line that every training program shares, from its flags to its exit code."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,14 +10,20 @@ from typing import TYPE_CHECKING
 from pupilseg.augment import AugmentConfig
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.config import TrainConfig
+from pupilseg.device import find_device
 from pupilseg.errors import UsageError
-from pupilseg.program import positive_int, whole_number
+from pupilseg.history import epoch_line
+from pupilseg.parallel import join_ranks
+from pupilseg.program import finishing, positive_int, whole_number
+from pupilseg.train import train
 
 if TYPE_CHECKING:
-    import argparse
+    from collections.abc import Callable
 
 LATEST = "latest"
 """Value of a bare `--resume`: the training state in the output directory."""
+DEFERRING = "efficientvit_tiny"
+"""The network whose metrics stay on a CUDA device until the end: its epochs take a second."""
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +33,10 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=positive_int, default=default.epochs, help="default: %(default)s"
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, default=default.batch_size, help="default: %(default)s"
+        "--batch-size",
+        type=positive_int,
+        default=default.batch_size,
+        help="over all processes of torchrun (default: %(default)s)",
     )
     parser.add_argument(
         "--lr", type=float, default=default.lr, help="peak learning rate (default: %(default)s)"
@@ -45,8 +55,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on after the last whole epoch of FILE (alone: of the output directory)",
     )
     parser.add_argument("--limit", type=positive_int, help="use the first N frames of each split")
-    parser.add_argument("--no-compile", action="store_true", help="no torch.compile on CUDA")
     parser.add_argument("--no-augment", action="store_true", help="train on the frames as they are")
+    fast = parser.add_argument_group("what makes CUDA fast, each on by default")
+    fast.add_argument("--no-compile", action="store_true", help="no torch.compile")
+    fast.add_argument("--no-amp", action="store_true", help="no mixed precision")
+    fast.add_argument("--no-tf32", action="store_true", help="float32 products in full")
+    fast.add_argument("--no-cudnn-benchmark", action="store_true", help="cuDNN tries nothing")
+    fast.add_argument("--no-channels-last", action="store_true", help="channels before pixels")
+    fast.add_argument(
+        "--defer-metrics",
+        action=argparse.BooleanOptionalAction,
+        help=f"tell the epochs' numbers at the end, all at once (default: for {DEFERRING} on CUDA)",
+    )
 
 
 def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
@@ -56,15 +76,24 @@ def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
         UsageError: a value that cannot be trained with.
     """
     if not 0 < args.lr < math.inf:
-        raise UsageError(f"--lr {args.lr:g} is not a positive number; the default is 0.01")
+        default = TrainConfig().lr
+        raise UsageError(f"--lr {args.lr:g} is not a positive number; the default is {default:g}")
+    defer = args.defer_metrics
+    if defer is None:
+        defer = model == DEFERRING and find_device(args.device).type == "cuda"
     return TrainConfig(
         model=model,
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
         seed=args.seed,
-        compile=not args.no_compile,
         augment=None if args.no_augment else AugmentConfig(),
+        amp=not args.no_amp,
+        tf32=not args.no_tf32,
+        channels_last=not args.no_channels_last,
+        compile=not args.no_compile,
+        cudnn_benchmark=not args.no_cudnn_benchmark,
+        defer_metrics=defer,
     )
 
 
@@ -82,3 +111,47 @@ def resume_file(args: argparse.Namespace, model: str, output_dir: Path) -> Path 
     if not path.exists():
         raise UsageError(f"nothing to resume: {path} is not there; run once without --resume")
     return path
+
+
+def train_as_asked(
+    args: argparse.Namespace,
+    model: str,
+    output_dir: Path,
+    find_shards: Callable[[], Path],
+    tell: Callable[[str], None],
+) -> int:
+    """Trains as the flags of `add_train_arguments` say; returns the exit code.
+
+    Args:
+        args: parsed.
+        model: name in `pupilseg.models`.
+        output_dir: gets the checkpoints.
+        find_shards: returns the directory with train/ and validation/, made if need be. Called
+            after all flags were checked: a wrong one should not cost a download.
+        tell: prints a line.
+
+    Raises:
+        PupilSegError: whatever keeps the run from starting, or from going on.
+    """
+    config = config_from(args, model)
+    resume = resume_file(args, model, output_dir)
+    with join_ranks(find_device(args.device)) as (ranks, device):
+        ranks.share_of(config.batch_size)
+        shards = ranks.after_first(find_shards)
+        with finishing("this epoch") as stop:
+            result = train(
+                config,
+                shards,
+                output_dir,
+                device=device,
+                ranks=ranks,
+                resume=resume,
+                limit=args.limit,
+                on_epoch=lambda row: tell(epoch_line(row, args.epochs)),
+                stop=stop,
+            )
+        if ranks.first and result.interrupted:
+            tell(f"interrupted after epoch {len(result.history)}; go on with --resume")
+        elif ranks.first:
+            tell(f"best: {result.best_file} (mIoU {result.best['valid_iou']:.4f})")
+    return 130 if result.interrupted else 0

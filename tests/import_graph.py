@@ -42,15 +42,16 @@ def imports(path, *, lazy=True):
     return found
 
 
-def imported_files(script):
+def imported_files(script, *, without=()):
     """Returns the library's files that a script imports, directly or not, and the script itself.
 
-    With a module come the packages above it, whose `__init__` runs first.
+    With a module come the packages above it, whose `__init__` runs first. Files named in `without`
+    are left out, and what only they import.
     """
     seen, todo = set(), [ROOT / script]
     while todo:
         file = todo.pop()
-        if file in seen:
+        if file in seen or str(file.relative_to(ROOT)) in without:
             continue
         seen.add(file)
         for module in imports(file):

@@ -15,7 +15,14 @@ from pupilseg.geometry import (
     ellipse_mask,
     ellipse_vector,
 )
-from pupilseg.metrics import COUNTS, EpochMetrics, ellipse_masks, predicted_mask, scores
+from pupilseg.metrics import (
+    COUNTS,
+    EpochMetrics,
+    ellipse_masks,
+    mean_iou,
+    predicted_mask,
+    scores,
+)
 
 CPU = torch.device("cpu")
 NO_LOSS = {"loss": torch.tensor(0.0)}
@@ -216,3 +223,18 @@ def test_masks_of_both_kinds_of_output():
 def test_half_precision_ellipses_are_drawn_in_float32():
     vector = torch.tensor([[0.5, 0.5, 0.125, 0.125]])
     assert torch.equal(ellipse_masks(vector.half()), ellipse_masks(vector))
+
+
+@pytest.mark.parametrize("blink", [False, True])
+@pytest.mark.parametrize("found", [False, True])
+def test_the_mean_iou_on_the_device_is_that_of_the_scores(blink, found):
+    metrics = EpochMetrics(("loss",), torch.device("cpu"))
+    label = torch.zeros(2, 400, 640, dtype=torch.int64)
+    mask = torch.zeros(2, 400, 640, dtype=torch.bool)
+    if not blink:
+        label[:, 50:90, 100:151] = 1
+    if found:
+        mask[:, 60:97, 110:153] = True
+    metrics.update({"loss": torch.ones(())}, mask, label, torch.zeros(2, 4))
+    expected = scores(metrics.names, metrics.sums.tolist(), "valid")["valid_iou"]
+    assert mean_iou(metrics.names, metrics.sums).item() == expected

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pupilseg.models import create_model
-from pupilseg.optim import AveragedWeights, learning_rate, parameter_groups
+from pupilseg.optim import AveragedWeights, learning_rate, load_optimizer, parameter_groups
+from pupilseg.snapshot import Snapshot
 
 
 def rates(steps, peak=1e-2, warmup=0.15):
@@ -65,7 +66,7 @@ def test_averaged_weights_follow_the_formula():
         with torch.no_grad():
             model.weight += torch.tensor([1.0, -2.0])
             model.count += 1
-        averaged.update(model)
+        averaged.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach().numpy()
         np.testing.assert_allclose(averaged.values["weight"], expected, rtol=1e-5)
@@ -79,3 +80,64 @@ def test_averaged_weights_are_a_copy():
     with torch.no_grad():
         model.weight += 1
     assert not averaged.values["weight"].any()
+
+
+def test_averages_are_views_of_one_vector_whatever_the_memory_format():
+    model = create_model("efficientvit_tiny").to(memory_format=torch.channels_last)
+    averaged = AveragedWeights(model, decay=0.9)
+    state = model.state_dict()
+    assert list(averaged.named(averaged.flat)) == list(averaged.values)
+    assert set(averaged.values) == set(state)
+    assert all(torch.equal(averaged.values[name], value) for name, value in state.items())
+    averaged.flat.zero_()
+    floats = [value for value in averaged.values.values() if value.is_floating_point()]
+    assert not any(value.any() for value in floats)
+    assert sum(value.numel() for value in floats) == len(averaged.flat)
+
+
+def test_averaged_weights_go_on_from_what_they_were():
+    model = create_model("efficientvit_tiny").to(memory_format=torch.channels_last)
+    first, second = AveragedWeights(model, 0.9), AveragedWeights(model, 0.9)
+
+    def step():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+
+    step()
+    first.update()
+    contiguous = {name: value.clone().contiguous() for name, value in first.values.items()}
+    second.load(contiguous, first.steps)
+    step()
+    for averaged in (first, second):
+        averaged.update()
+    assert torch.equal(first.flat, second.flat)
+    other = torch.zeros_like(first.flat)
+    first.load_flat(other, first.values)
+    assert torch.equal(other, first.flat)
+
+
+def test_an_optimizer_goes_on_from_what_it_was_in_any_memory_format():
+    """A file holds contiguous moments; fused kernels would pair them with the wrong weights."""
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(noise)
+        optimizer.step()
+
+    first, optimizer = make()
+    step(first, optimizer, 1)
+    stored = Snapshot({"model": first.state_dict(), "optimizer": optimizer.state_dict()}).read()
+    second, other = make()
+    second.load_state_dict(stored["model"])
+    load_optimizer(other, stored["optimizer"])
+    step(first, optimizer, 2)
+    step(second, other, 2)
+    assert torch.equal(first.weight, second.weight)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pupilseg.program import finishing
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, os, errno
@@ -78,3 +80,34 @@ def test_interrupt():
         running.send_signal(signal.SIGINT)
         assert running.wait() == 130
         assert running.stderr.read() == "error: interrupted\n"
+
+
+def test_the_first_ctrl_c_is_a_request_and_the_second_an_interrupt():
+    body = (
+        "import time\n"
+        "    from pupilseg.program import finishing\n"
+        "    with finishing('this epoch') as stop:\n"
+        "        print('ready', flush=True)\n"
+        "        while not stop():\n"
+        "            time.sleep(0.01)\n"
+        "        print('asked', flush=True)\n"
+        "        sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", SCRIPT.format(body)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=-1, text=True) as running:
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.readline() == "asked\n"
+        running.send_signal(signal.SIGINT)
+        assert running.wait() == 130
+        said = running.stderr.read()
+    assert "finishing this epoch, then stopping; Ctrl-C again stops at once" in said
+    assert said.endswith("error: interrupted\n")
+
+
+def test_ctrl_c_is_afterwards_what_it_was():
+    before = signal.getsignal(signal.SIGINT)
+    with finishing("it") as stop:
+        assert signal.getsignal(signal.SIGINT) is not before
+        assert not stop()
+    assert signal.getsignal(signal.SIGINT) is before

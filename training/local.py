@@ -1,18 +1,15 @@
-"""What the local training scripts share: flags, data on first use, one call of `train`."""
+"""What the local training scripts share: where data come from, and where checkpoints go."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from pupilseg.device import find_device
-from pupilseg.history import epoch_line
-from pupilseg.prepare import ensure_shards
+from pupilseg.prepare import DATASET, ensure_shards
 from pupilseg.preprocess import NONE, PREPROCESSINGS
-from pupilseg.train import train
-from pupilseg.train_flags import add_train_arguments, config_from, resume_file
+from pupilseg.train_flags import add_train_arguments, train_as_asked
 
-DATASET = "Conner/sddec25-01"
 DATA_DIR = "~/.cache/openeds"
 
 
@@ -44,22 +41,10 @@ def main(model: str) -> int:
     )
     add_train_arguments(parser)
     args = parser.parse_args()
-    config = config_from(args, model)
-    # Before any data is fetched: a wrong --device or --resume should not cost a download.
-    device = find_device(args.device)
-    resume = resume_file(args, model, args.output_dir)
-    shards = ensure_shards(args.data_dir, args.dataset, preprocessing=args.preprocessing)
-    result = train(
-        config,
-        shards,
+    return train_as_asked(
+        args,
+        model,
         args.output_dir,
-        device=device,
-        resume=resume,
-        limit=args.limit,
-        on_epoch=lambda row: print(epoch_line(row, args.epochs), flush=True),
+        lambda: ensure_shards(args.data_dir, args.dataset, preprocessing=args.preprocessing),
+        partial(print, flush=True),
     )
-    if result.interrupted:
-        print(f"interrupted after epoch {len(result.history)}; go on with --resume")
-        return 130
-    print(f"best: {result.best_file} (mIoU {result.best['valid_iou']:.4f})")
-    return 0

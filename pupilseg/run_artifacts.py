@@ -1,0 +1,94 @@
+"""What a tracked run shows beside its numbers: curves, sample predictions, the ONNX file."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+
+from pupilseg.checkpoint import load_model
+from pupilseg.errors import PupilSegError
+from pupilseg.files import atomic_path
+from pupilseg.metrics import predicted_mask
+from pupilseg.pictures import compare, write_image
+from pupilseg.plots import read_history, training_curves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pupilseg.shards.reader import ShardSet
+
+log = logging.getLogger(__name__)
+
+SHOWN = 6
+"""Validation frames on the sheet, in two columns."""
+
+
+def make_artifacts(
+    model_file: Path, history_file: Path, validation: ShardSet, folder: Path
+) -> Iterator[Path]:
+    """Writes what shows how a run went, and yields each file once it is there.
+
+    What cannot be made (a package is missing, say) is told in the log and left out: the run is
+    over, and its checkpoints are written.
+
+    Args:
+        model_file: the best model.
+        history_file: a row an epoch.
+        validation: frames to show predictions on.
+        folder: gets curves.png, predictions.png and an ONNX file named as the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in (
+        ("curves.png", lambda path: _write_curves(history_file, path)),
+        ("predictions.png", lambda path: _write_predictions(model_file, validation, path)),
+        (f"{model_file.stem}.onnx", lambda path: _write_onnx(model_file, path)),
+    ):
+        if _made(make, folder / name):
+            yield folder / name
+
+
+def _made(make: Callable[[Path], None], path: Path) -> bool:
+    try:
+        make(path)
+    except PupilSegError as error:
+        log.warning("no %s for this run: %s", path.name, error)
+        return False
+    return True
+
+
+def _write_curves(history_file: Path, path: Path) -> None:
+    drawn = training_curves(read_history(history_file))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(drawn)
+
+
+def _write_onnx(model_file: Path, path: Path) -> None:
+    from pupilseg.export import export_onnx
+
+    export_onnx(model_file, path)
+
+
+def _write_predictions(model_file: Path, validation: ShardSet, path: Path) -> None:
+    """Draws outlines of label (green) and prediction (red) on frames from all over the split."""
+    model = load_model(model_file)
+    count = min(SHOWN, len(validation))
+    tiles = []
+    for index in np.linspace(0, len(validation) - 1, count).round().astype(int):
+        sample = validation.sample(int(index))
+        image: NDArray[np.uint8] = np.array(sample["image"])
+        pixels = torch.from_numpy(image)[None, None].float() / 127.5 - 1
+        with torch.no_grad():
+            mask = predicted_mask(model(pixels))[0].numpy()
+        drawn = compare(image, np.asarray(sample["label"]), mask)
+        tiles.append(cv2.resize(drawn, image.shape[::-1], interpolation=cv2.INTER_AREA))
+    if count % 2:
+        tiles.append(np.zeros_like(tiles[0]))
+    rows = [np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)]
+    write_image(path, np.vstack(rows).astype(np.uint8))

@@ -1,0 +1,94 @@
+"""Programs under test that run for a while: watched by their output, ended with their children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+
+class Program:
+    """A running program whose lines are read as they come, in a session of its own.
+
+    Args:
+        line: its command line.
+        cwd: where it runs.
+        env: its environment; None for this process's.
+    """
+
+    def __init__(self, line, cwd, env=None):
+        self._process = subprocess.Popen(
+            line,
+            cwd=cwd,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self._lines = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        for line in self._process.stdout:
+            self._lines.append(line)
+
+    @property
+    def text(self):
+        """What it has printed so far."""
+        return "".join(self._lines)
+
+    def wait_for(self, words, timeout_s=120):
+        """Returns when the words have been printed."""
+        until = time.monotonic() + timeout_s
+        while words not in self.text:
+            assert self._process.poll() is None, f"ended before {words!r}:\n{self.text}"
+            assert time.monotonic() < until, f"no {words!r} in {timeout_s} s:\n{self.text}"
+            time.sleep(0.01)
+
+    def children(self):
+        """Returns its processes, itself first: torchrun gives each rank a session of its own."""
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                # "pid (name) state ppid ...", where a name may hold blanks and brackets
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        found = [self.pid]
+        for pid in found:
+            found += sorted(child for child, parent in parents.items() if parent == pid)
+        return found
+
+    def send(self, number):
+        """Sends a signal to the processes of its session, as a terminal does."""
+        os.killpg(self.pid, number)
+
+    def kill_all(self):
+        """Ends its processes at once, and waits for them."""
+        for pid in self.children():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._process.wait()
+
+    def end(self, timeout_s=120):
+        """Waits for its end; returns its exit code and all that it printed."""
+        code = self._process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return code, self.text
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._process.poll() is None:
+            self.kill_all()
+        self._reader.join()
+        self._process.stdout.close()

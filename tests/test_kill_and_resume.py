@@ -1,0 +1,187 @@
+"""A run that is killed again and again comes to what an undisturbed one comes to, byte for byte."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pupilseg.checkpoint import load_tensors
+from pupilseg.shards import write_shards
+from tests.processes import Program
+from tests.test_engine import Eyes
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[1]
+MODEL = "efficientvit_tiny"
+STATE = f"{MODEL}_training_state.pt"
+EPOCHS = 12
+KILLS = 24
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Shards of a few frames: an epoch of two steps takes some tenths of a second."""
+    path = tmp_path_factory.mktemp("data")
+    eyes = Eyes(train=4, validation=2)
+    for split in ("train", "validation"):
+        write_shards(eyes, split, path / split)
+    return path
+
+
+def line(data_dir, out, *flags, epochs=EPOCHS):
+    """Returns a training command."""
+    return [
+        *(sys.executable, "-m", "pipeline.train", "--model", MODEL, "--device", "cpu"),
+        *("--shards", str(data_dir), "--out", str(out), "--batch-size", "2"),
+        *("--epochs", str(epochs), *flags),
+    ]
+
+
+def resume_flag(out):
+    return ["--resume"] if (out / STATE).exists() else []
+
+
+def whole_epochs(out):
+    """Returns the epoch of the training state on disk, 0 without one."""
+    return load_tensors(out / STATE)["epoch"] if (out / STATE).exists() else 0
+
+
+def files_of(out):
+    """Returns every file but the state as bytes, and of the state what training goes on from."""
+    state = load_tensors(out / STATE)
+    return {p.name: p.read_bytes() for p in out.iterdir() if p.name != STATE}, state
+
+
+def run(command):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_dir, tmp_path_factory):
+    """Files of a run that nobody stopped, and the seconds of its start and of an epoch."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    with Program(line(data_dir, out), ROOT) as program:
+        started = time.monotonic()
+        program.wait_for("epoch   1/")
+        first = time.monotonic()
+        program.wait_for("best: ")
+        last = time.monotonic()
+        assert program.end()[0] == 0
+    return out, first - started, (last - first) / (EPOCHS - 1)
+
+
+def same(first, second):
+    """Asserts that two output directories are those of the same run."""
+    (files, state), (others, other) = files_of(first), files_of(second)
+    assert sorted(files) == sorted(others)
+    for name, content in files.items():
+        assert content == others[name], name
+    for key in ("model", "averaged", "best"):
+        for name, value in state[key].items():
+            assert value.equal(other[key][name]), (key, name)
+    assert state["random"].equal(other["random"])
+    assert state["rows"].equal(other["rows"])
+
+
+def test_sigkill_at_random_moments_costs_the_epoch_under_way_and_nothing_else(
+    data_dir, undisturbed, tmp_path
+):
+    whole, start_s, epoch_s = undisturbed
+    out = tmp_path / "out"
+    rng = np.random.default_rng(3)
+    kills = in_epochs = 0
+    while kills < KILLS:
+        before, told = whole_epochs(out), 0
+        with Program(line(data_dir, out, *resume_flag(out)), ROOT) as program:
+            # Now and then before the first epoch's end, mostly within the first two after it.
+            if rng.random() < 0.2:
+                time.sleep(rng.uniform(0, start_s))
+            else:
+                wanted = f"epoch {before + 1:3d}/" if before < EPOCHS else "best: "
+                program.wait_for(wanted)
+                time.sleep(rng.uniform(0, 2 * epoch_s))
+            program.kill_all()
+            kills += 1
+            told = program.text.count("\nepoch ") + program.text.startswith("epoch ")
+        after = whole_epochs(out)
+        assert after >= before + told  # what was told is on disk
+        assert after <= before + told + 1
+        in_epochs += after < EPOCHS
+        if after == EPOCHS:
+            same(out, whole)
+            for path in out.iterdir():
+                path.unlink()
+    assert in_epochs >= KILLS // 2
+    run(line(data_dir, out, *resume_flag(out)))
+    same(out, whole)
+
+
+def test_ctrl_c_ends_the_epoch_with_a_checkpoint(data_dir, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    with Program(line(data_dir, out), ROOT) as program:
+        program.wait_for("epoch   2/")
+        program.send(signal.SIGINT)
+        code, text = program.end()
+    assert code == 130
+    assert "finishing this epoch, then stopping" in text
+    assert "Traceback" not in text
+    stopped = whole_epochs(out)
+    assert f"interrupted after epoch {stopped}; go on with --resume" in text
+    assert text.count("\nepoch ") == stopped
+    run(line(data_dir, out, "--resume"))
+    same(out, undisturbed[0])
+
+
+def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
+    """A state of the last whole epoch is there."""
+    out = tmp_path / "out"
+    with Program(line(data_dir, out, epochs=500), ROOT) as program:
+        program.wait_for("epoch   1/")
+        program.send(signal.SIGINT)
+        program.wait_for("finishing this epoch")
+        program.send(signal.SIGINT)
+        code, text = program.end()
+    assert code == 130
+    assert "Traceback" not in text
+    assert whole_epochs(out) >= 1
+
+
+def test_ctrl_c_before_the_first_epoch_is_over(data_dir, tmp_path):
+    """Twice, since the first one waits for the epoch: there is nothing to resume then."""
+    out = tmp_path / "out"
+    with Program(line(data_dir, out), ROOT) as program:
+        program.wait_for("configuration: ")
+        program.send(signal.SIGINT)
+        program.wait_for("finishing this epoch")
+        program.send(signal.SIGINT)
+        code, text = program.end()
+    assert code == 130
+    assert "Traceback" not in text
+    done = subprocess.run(
+        line(data_dir, out, "--resume"), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if not (out / STATE).exists():
+        assert done.returncode == 2
+        assert "nothing to resume" in done.stderr
+
+
+def test_a_moved_run_goes_on_elsewhere_with_its_best_model(data_dir, undisturbed, tmp_path):
+    """`--resume FILE --output-dir ELSEWHERE`: the best model so far comes along."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    with Program(line(data_dir, first), ROOT) as program:
+        program.wait_for("epoch   5/")
+        program.kill_all()
+    os.rename(first, tmp_path / "archive")
+    run(line(data_dir, second, "--resume", str(tmp_path / "archive" / STATE)))
+    best = f"best_{MODEL}_model.pt"
+    assert (second / best).read_bytes() == (undisturbed[0] / best).read_bytes()
+    with (second / f"{MODEL}_history.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == EPOCHS

@@ -1,0 +1,60 @@
+"""Copies of tensors for the host: as they were at that moment, each in storage of its own."""
+
+import pytest
+import torch
+
+from pupilseg.snapshot import Snapshot
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def tree_on(device):
+    kernel = torch.arange(24.0).view(2, 3, 2, 2).to(device, memory_format=torch.channels_last)
+    return {
+        "kernel": kernel,
+        "nested": [{"count": torch.tensor(7, device=device)}, (1.5, "text", None)],
+        "flag": torch.tensor([True, False], device=device),
+        "empty": torch.zeros(0, device=device),
+        "host": torch.ones(3, dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_holds_what_was_there_when_it_was_taken(device):
+    tree = tree_on(device)
+    snapshot = Snapshot(tree)
+    for tensor in (tree["kernel"], tree["nested"][0]["count"], tree["host"]):
+        tensor.zero_()
+    read = snapshot.read()
+    assert torch.equal(read["kernel"], torch.arange(24.0).view(2, 3, 2, 2))
+    assert read["nested"][0]["count"] == 7
+    assert list(read["nested"][1]) == [1.5, "text", None]
+    assert read["flag"].tolist() == [True, False]
+    assert read["empty"].shape == (0,)
+    assert read["host"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_tensor_is_contiguous_on_the_cpu_and_alone_in_its_storage(device):
+    read = Snapshot(tree_on(device)).read()
+    for tensor in (read["kernel"], read["flag"], read["host"]):
+        assert tensor.device.type == "cpu"
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_gradients_do_not_come_along():
+    weight = torch.ones(2, requires_grad=True)
+    assert not Snapshot({"weight": weight}).read()["weight"].requires_grad
+
+
+@pytest.mark.gpu
+def test_taking_one_waits_for_nothing():
+    tree = tree_on("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        snapshot = Snapshot(tree)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert snapshot.read()["flag"].tolist() == [True, False]
