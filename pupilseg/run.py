@@ -86,7 +86,9 @@ class Run:
             "enabled": cuda,
         }
         self.scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
-        self.random = torch.Generator(device).manual_seed(config.seed)
+        # What is not CUDA augments on the host.
+        drawn_on = device if device.type == "cuda" else "cpu"
+        self.random = torch.Generator(drawn_on).manual_seed(config.seed)
         self.metrics = EpochMetrics(SEGMENTATION_TERMS if segments else ELLIPSE_TERMS, device)
         sums = self.metrics.sums
         self.rows = torch.zeros((config.epochs, 2, len(sums)), dtype=sums.dtype, device=device)

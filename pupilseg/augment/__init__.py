@@ -3,13 +3,14 @@
 A horizontal flip mirrors every target with the image; scale and shift move image and label, and
 the targets are made anew from the moved label; all else changes the image alone. Two forms give
 the same result from the same random numbers: `host`, frame by frame with OpenCV on the CPU, and
-`dense`, whole batches in torch on any other device. Random numbers come from a generator of their
-own, so a run is a function of its seed.
+`dense`, whole batches in torch on CUDA. Random numbers come from a generator of their own, so a run
+is a function of its seed.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import fields, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def augment(
     Args:
         batch: on any device. A column that was not asked for, an empty tensor, stays empty.
         config: strengths.
-        generator: on the batch's device, in the same state on all ranks.
+        generator: on the batch's device if that is CUDA, else on the CPU; alike on all ranks.
         ranks: the processes that share a batch.
         compiled: on CUDA, fuse the work with `torch.compile` (made at the first batch; without a
             working compiler one warning is given and the work is done unfused). Without it the
@@ -63,9 +64,12 @@ def augment(
         UsageError: scale or shift is on and a target is there without the label to remake it from.
     """
     check_columns(batch, config)
+    device = batch.image.device
+    if device.type not in ("cpu", "cuda"):
+        # Unified memory makes the way cheap; Metal lacks cumulative extrema and 64-bit sums.
+        return _moved(augment(_moved(batch, "cpu"), config, generator, ranks), device)
     with torch.no_grad():
         plan = make_plan(batch, config, generator, ranks)
-        device = batch.image.device
         if device.type == "cpu":
             return augment_on_host(batch, plan, config)
         tables = distance_table(device), noise_field(device)
@@ -83,6 +87,11 @@ def augment(
                     str(error).strip().splitlines()[0],
                 )
         return augment_dense(batch, plan, config, *tables)
+
+
+def _moved(batch: Batch, device: torch.device | str) -> Batch:
+    """Returns a batch on another device."""
+    return replace(batch, **{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})
 
 
 _given_up: list[str] = []
