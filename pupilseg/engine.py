@@ -159,7 +159,7 @@ def fit(
     run = Run(config, device, len(train_loader) * config.epochs, card, ranks, notes)
     files = RunFiles(run, output_dir, on_epoch, on_file)
     if resume is not None:
-        files.take_up(resume, run.restore(resume))
+        files.take_up(run.restore(resume))
     with fast_arithmetic(device, tf32=config.tf32, cudnn_benchmark=config.cudnn_benchmark):
         if device.type == "cuda" and config.compile and run.epoch < config.epochs:
             _compile(run, train_loader)
@@ -179,7 +179,6 @@ def _run_epochs(
     Returns:
         Whether it was stopped before the last.
     """
-    waiting: Snapshot | None = None
     stopped = False
     try:
         while run.epoch < run.config.epochs and not stopped:
@@ -189,23 +188,13 @@ def _run_epochs(
             validate(run, valid_loader)
             moments.append(Moment(run.device))
             run.end_epoch()
-            files.moments[run.epoch] = moments
             stopped = run.ranks.any(stop()) and run.epoch < run.config.epochs
-            if waiting is not None:
-                files.write(waiting)
-                waiting = None
-            if stopped or _due(run):
-                waiting = Snapshot(run.state())
-            if waiting is not None and run.device.type != "cuda":
-                files.write(waiting)
-                waiting = None
+            files.add(moments, Snapshot(run.state()) if stopped or _due(run) else None)
     except KeyboardInterrupt:
-        if waiting is None and not files.history:
+        if files.empty:
             raise
         stopped = True
-    if waiting is not None:
-        files.write(waiting)
-    files.report_rest()
+    files.finish()
     return stopped
 
 

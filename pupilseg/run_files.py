@@ -14,7 +14,7 @@ from pupilseg.metrics import scores
 from pupilseg.optim import learning_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -30,7 +30,7 @@ class RunFiles:
     On other ranks than the first it keeps the rows and writes nothing.
 
     Args:
-        run: whose files they are; only its constants are read.
+        run: whose files they are.
         output_dir: gets the files of `CHECKPOINT_NAMES`.
         on_epoch: called with each epoch's row and its seconds.
         on_file: called with each numbered checkpoint.
@@ -38,7 +38,6 @@ class RunFiles:
     Attributes:
         history: rows of the epochs written so far.
         best: the row with the highest validation mIoU.
-        moments: epoch (from 1) -> start, end of training, end of validation.
     """
 
     def __init__(
@@ -55,14 +54,20 @@ class RunFiles:
         self._saved_best = 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
-        self.moments: dict[int, list[Moment]] = {}
+        self._moments: dict[int, Sequence[Moment]] = {}
+        self._waiting: Snapshot | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to go on from yet."""
+        return not self.history and self._waiting is None
 
     @property
     def best_file(self) -> Path:
         """Where the best model goes."""
         return self._output_dir / self._names.best
 
-    def take_up(self, path: Path, state: Mapping[str, Any]) -> None:
+    def take_up(self, state: Mapping[str, Any]) -> None:
         """Goes on behind a training state; brings its best model along if that is not here."""
         self._read_rows(state)
         self._reported = state["reported"]
@@ -70,14 +75,36 @@ class RunFiles:
             self._save_best(state)
         self._saved_best = self.best["epoch"]
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Writes what a snapshot of `Run.state` asks for, and tells the rows that are new.
+    def add(self, moments: Sequence[Moment], snapshot: Snapshot | None) -> None:
+        """Takes what an epoch came to; on CUDA, what the one before came to is written now.
+
+        Args:
+            moments: start, end of training, end of validation.
+            snapshot: of `Run.state`; None where the epoch is not to be written.
+        """
+        self._moments[self._run.epoch] = moments
+        self._write_waiting()
+        self._waiting = snapshot
+        if self._run.device.type != "cuda":  # it is there; nobody has to be waited for
+            self._write_waiting()
+
+    def finish(self) -> None:
+        """Writes and tells what is left."""
+        self._write_waiting()
+        self._report_rest()
+
+    def _write_waiting(self) -> None:
+        if self._waiting is not None:
+            self._write(self._waiting.read())
+            self._waiting = None
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        """Writes what a state asks for, and tells the rows that are new.
 
         Raises:
             UsageError: the training loss is not finite.
             OutputError: a file cannot be written.
         """
-        state = snapshot.read()
         self._read_rows(state)
         defer = self._run.config.defer_metrics
         if self._run.ranks.first:
@@ -90,13 +117,13 @@ class RunFiles:
             save_state(self._output_dir / self._names.state, {**state, "reported": reported})
             self._saved_best = self.best["epoch"]
         if not defer:
-            self.report_rest()
+            self._report_rest()
 
-    def report_rest(self) -> None:
+    def _report_rest(self) -> None:
         """Tells the rows that were not told yet."""
         for row in self.history[self._reported :]:
             seconds = {"train_seconds": math.nan, "valid_seconds": math.nan}
-            moments = self.moments.pop(int(row["epoch"]), None)  # None for a resumed run's past
+            moments = self._moments.pop(int(row["epoch"]), None)  # None for a resumed run's past
             if moments is not None:
                 start, trained, validated = moments
                 seconds = {

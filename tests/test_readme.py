@@ -36,16 +36,14 @@ def marked_commands():
 
 def run(line, cwd):
     """Runs a command line as a shell user in `cwd` would."""
-    words = shlex.split(line)
-    if words[0] == "python" and words[1].startswith("training/"):
-        words[1] = str(ROOT / words[1])
+    words = [str(ROOT / w) if w.startswith("training/") else w for w in shlex.split(line)]
     return subprocess.run(words, cwd=cwd, env=ENV, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.integration
 def test_marked_blocks_run_in_order(tmp_path):
     blocks = marked_commands()
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         for line in block:
             done = run(line, tmp_path)
