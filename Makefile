@@ -35,6 +35,8 @@ test-gpu: $(READY) ## run the tests that need a CUDA device
 
 bench: $(READY) ## measure; prints tables with machine and versions
 	python -m benchmarks.networks
+	python -m benchmarks.augment
+	python -m benchmarks.training
 
 lint: $(READY) ## put formatting and imports in order
 	ruff check --fix .

@@ -1,4 +1,4 @@
-"""Work and time of each network: multiply-adds, ONNX bytes, ms a frame, ms of a training step.
+"""Work and time of each network: multiply-adds, ONNX bytes, ms a frame.
 
 python -m benchmarks.networks [--runs 200]
 
@@ -10,21 +10,16 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.machine import machine_line
-from pupilseg.config import TrainConfig
-from pupilseg.engine import Run
 from pupilseg.export import INPUT_NAME, to_onnx
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.models import create_model, list_models
 from pupilseg.predict import onnx_session
-
-TRAIN_BATCH = 8
 
 
 def multiply_adds(model: nn.Module) -> int:
@@ -55,50 +50,6 @@ def multiply_adds(model: nn.Module) -> int:
     return total
 
 
-def training_step(name: str) -> float:
-    """Returns the median seconds a frame of a step (augment, forward, loss, backward, update)."""
-    run = Run(TrainConfig(model=name), torch.device("cpu"), total_steps=100, card={})
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    label = torch.from_numpy(((x - 300) ** 2 + (y - 200) ** 2 <= 900).astype(np.int64))
-    from pupilseg.geometry import ellipse_vector
-    from pupilseg.loader import Batch
-    from pupilseg.maps import distance_maps, spatial_weights
-
-    def repeat(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[None].repeat(TRAIN_BATCH, *[1] * tensor.ndim)
-
-    batch = Batch(
-        image=torch.rand(TRAIN_BATCH, 1, HEIGHT, WIDTH) * 2 - 1,
-        label=repeat(label),
-        spatial_weights=repeat(torch.from_numpy(spatial_weights(label.numpy()))),
-        dist_map=repeat(torch.from_numpy(distance_maps(label.numpy()))),
-        ellipse=repeat(torch.from_numpy(ellipse_vector(label.numpy()))),
-        index=torch.arange(TRAIN_BATCH),
-    )
-    seconds = []
-    for _ in range(8):
-        started = time.perf_counter()
-        run.train_epoch(_OneBatch(batch), alpha=0.5)  # type: ignore[arg-type]  # a loader of one
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[2:])) / TRAIN_BATCH
-
-
-class _OneBatch(SimpleNamespace):
-    """A loader of a single batch, already on the device."""
-
-    def __init__(self, batch: object) -> None:
-        super().__init__(batch=batch)
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> object:
-        return iter([self.batch])
-
-    def set_epoch(self, epoch: int) -> None:
-        """The one batch is the same in every epoch."""
-
-
 def main() -> None:
     """Measures and prints a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
@@ -122,7 +73,7 @@ def main() -> None:
             if turn >= 10:
                 times[name].append(1e3 * (time.perf_counter() - started))
     print(machine_line("torch", "onnxruntime"))
-    print(f"ONNX Runtime: 1 thread, batch 1, n = {args.runs} after 10; step: batch {TRAIN_BATCH}\n")
+    print(f"ONNX Runtime: 1 thread, batch 1, n = {args.runs} after 10\n")
     print("| network | parameters | multiply-adds | ONNX bytes | ms a frame: min / median / p95 | ")
     print("| --- | --- | --- | --- | --- |")
     for name in list_models():
@@ -133,9 +84,6 @@ def main() -> None:
             f"| {multiply_adds(model) / 1e6:.1f} M | {sizes[name]:,} "
             f"| {low:.2f} / {median:.2f} / {high:.2f} |"
         )
-    print(f"\n{torch.get_num_threads()} threads, ms a frame of a training step:")
-    for name in list_models():
-        print(f"  {name}: {1e3 * training_step(name):.1f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Benchmarks run and print their tables; what they measure is not asserted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("networks --runs 1", "| efficientvit_tiny | 9,737 | 40.4 M |"),
+        ("augment --runs 1 --batch-size 2", "all, default shares"),
+        (
+            "training --model efficientvit_tiny --frames 4 --rounds 1 --batch-size 2 --device cpu",
+            "outside forward and backward",
+        ),
+        (
+            "training --model ellipse --frames 4 --batch-size 2 --device cpu --to-iou 0",
+            "epoch   1: ",
+        ),
+    ],
+    ids=["networks", "augment", "training", "training to an IoU"],
+)
+def test_it_runs_and_prints(line, text):
+    done = subprocess.run(
+        [sys.executable, "-m", *f"benchmarks.{line}".split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert text in done.stdout
+    assert "cores, Python" in done.stdout  # the machine
