@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,19 @@ from pupilseg.augment import AugmentConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
+
+
+SMALL_BATCH, SMALL_BATCH_LR = 4, 1e-2
+"""What learns most from few frames (docs/benchmarks.md)."""
+LARGE_BATCH = 32
+"""What keeps a GPU busy."""
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Returns the batch size for a device: a CPU takes the same time a frame for any."""
+    return SMALL_BATCH if device.type == "cpu" else LARGE_BATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +34,8 @@ class TrainConfig:
         architecture: overrides of the network's keyword arguments.
         epochs: length of the run.
         batch_size: frames a step, over all processes (the loader was made with it).
-        lr: peak learning rate of the one-cycle schedule.
+        lr: peak learning rate of the one-cycle schedule; 0 takes 1e-2 * sqrt(batch_size / 4), the
+            square-root rule for adaptive optimizers (Malladi et al., arXiv 2205.10287).
         weight_decay: of AdamW, on convolution and linear weights only.
         warmup: share of the steps over which the rate rises.
         ema_decay: per-step decay of the averaged weights, which are what is validated and saved.
@@ -38,8 +53,8 @@ class TrainConfig:
     model: str = "efficientvit"
     architecture: dict[str, Any] = field(default_factory=dict)
     epochs: int = 15
-    batch_size: int = 8
-    lr: float = 1e-2
+    batch_size: int = SMALL_BATCH
+    lr: float = 0.0
     weight_decay: float = 1e-2
     warmup: float = 0.15
     ema_decay: float = 0.99
@@ -52,6 +67,11 @@ class TrainConfig:
     compile: bool = True
     cudnn_benchmark: bool = True
     defer_metrics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr == 0:
+            rate = SMALL_BATCH_LR * math.sqrt(self.batch_size / SMALL_BATCH)
+            object.__setattr__(self, "lr", rate)
 
 
 SPEED_ONLY = ("compile", "cudnn_benchmark", "defer_metrics")

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from pupilseg.augment import AugmentConfig
 from pupilseg.checkpoint import CHECKPOINT_NAMES
-from pupilseg.config import TrainConfig
+from pupilseg.config import (
+    LARGE_BATCH,
+    SMALL_BATCH,
+    SMALL_BATCH_LR,
+    TrainConfig,
+    default_batch_size,
+)
 from pupilseg.device import find_device
 from pupilseg.errors import UsageError
 from pupilseg.history import epoch_line
@@ -35,11 +41,14 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
         type=positive_int,
-        default=default.batch_size,
-        help="over all processes of torchrun (default: %(default)s)",
+        help="over all processes of torchrun "
+        f"(default: {SMALL_BATCH} on a CPU, {LARGE_BATCH} elsewhere)",
     )
     parser.add_argument(
-        "--lr", type=float, default=default.lr, help="peak learning rate (default: %(default)s)"
+        "--lr",
+        type=float,
+        help=f"peak learning rate (default: {SMALL_BATCH_LR:g} for a batch of {SMALL_BATCH}, "
+        "growing with the square root of the batch)",
     )
     parser.add_argument(
         "--seed", type=whole_number, default=default.seed, help="default: %(default)s"
@@ -75,17 +84,20 @@ def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
     Raises:
         UsageError: a value that cannot be trained with.
     """
-    if not 0 < args.lr < math.inf:
-        default = TrainConfig().lr
-        raise UsageError(f"--lr {args.lr:g} is not a positive number; the default is {default:g}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise UsageError(
+            f"--lr {args.lr:g} is not a positive number; the default is {SMALL_BATCH_LR:g} for a "
+            f"batch of {SMALL_BATCH}"
+        )
+    device = find_device(args.device)
     defer = args.defer_metrics
     if defer is None:
-        defer = model == DEFERRING and find_device(args.device).type == "cuda"
+        defer = model == DEFERRING and device.type == "cuda"
     return TrainConfig(
         model=model,
         epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
+        batch_size=args.batch_size or default_batch_size(device),
+        lr=args.lr or 0.0,
         seed=args.seed,
         augment=None if args.no_augment else AugmentConfig(),
         amp=not args.no_amp,

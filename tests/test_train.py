@@ -1,5 +1,6 @@
 """Whole training programs: what they print, what they leave behind, what they tell MLflow."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pupilseg import train_flags
 from pupilseg.checkpoint import load_model, read_card
 from pupilseg.errors import CheckpointError
 from pupilseg.models import list_models
@@ -118,10 +120,6 @@ def test_a_device_that_is_not_there_is_told_before_any_data_are_fetched(tmp_path
 
 def test_metrics_are_deferred_for_the_micro_network_on_cuda_alone(monkeypatch):
     """And as asked where something is asked for."""
-    import argparse
-
-    from pupilseg import train_flags
-
     monkeypatch.setattr(train_flags, "find_device", lambda name: torch.device(name or "cpu"))
     parser = argparse.ArgumentParser()
     train_flags.add_train_arguments(parser)
@@ -137,16 +135,30 @@ def test_metrics_are_deferred_for_the_micro_network_on_cuda_alone(monkeypatch):
 
 
 def test_every_switch_of_the_fast_path_reaches_the_configuration():
-    import argparse
-
-    from pupilseg.train_flags import add_train_arguments
-
     parser = argparse.ArgumentParser()
-    add_train_arguments(parser)
+    train_flags.add_train_arguments(parser)
     for name in ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last"):
         flag = f"--no-{name.replace('_', '-')}"
         assert not getattr(config_from(parser.parse_args([flag]), "ellipse"), name)
         assert getattr(config_from(parser.parse_args([]), "ellipse"), name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ([], "cpu", (4, 0.01)),
+        ([], "cuda", (32, 0.01 * 8**0.5)),
+        (["--batch-size", "16"], "cpu", (16, 0.02)),
+        (["--batch-size", "16", "--lr", "0.5"], "cuda", (16, 0.5)),
+    ],
+    ids=str,
+)
+def test_batch_and_rate_suit_the_device_and_each_other(monkeypatch, flags, device, expected):
+    monkeypatch.setattr(train_flags, "find_device", lambda _name: torch.device(device))
+    parser = argparse.ArgumentParser()
+    train_flags.add_train_arguments(parser)
+    config = config_from(parser.parse_args(flags), "efficientvit")
+    assert (config.batch_size, config.lr) == pytest.approx(expected)
 
 
 # Tracking
@@ -202,7 +214,7 @@ def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, de
     assert found.data.tags["model_type"] == "TinyEfficientViT"
     assert found.data.tags["architecture"] == "TinyEfficientViTSeg"
     params = found.data.params
-    assert params["lr"] == "0.01"
+    assert float(params["lr"]) == pytest.approx(0.01 * (2 / 4) ** 0.5)
     assert params["augment.flip"] == "0.5"
     assert params["data"] == "fake"
     assert params["train_frames"] == "4"

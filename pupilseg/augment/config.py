@@ -39,10 +39,10 @@ class AugmentConfig:
     """
 
     flip: float = 0.5
-    scale: float = 0.5
+    scale: float = 0.25
     radius_min: float = 15.0
     radius_max: float = 65.0
-    shift: float = 0.5
+    shift: float = 0.25
     reach: float = 0.1
     streaks: float = 0.15
     blur: float = 0.2
