@@ -11,7 +11,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from pupilseg.augment import augment
 from pupilseg.compilation import compile_network
@@ -21,6 +20,7 @@ from pupilseg.errors import UsageError
 from pupilseg.metrics import predicted_mask
 from pupilseg.optim import learning_rate
 from pupilseg.parallel import ALONE
+from pupilseg.progress import progress_bar
 from pupilseg.run import Run
 from pupilseg.run_files import RunFiles
 from pupilseg.snapshot import Snapshot
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+    from tqdm import tqdm
 
     from pupilseg.config import TrainConfig
     from pupilseg.loader import Batch, Loader
@@ -219,6 +220,5 @@ def _compile(run: Run, loader: Loader) -> None:
 
 
 def _progress(loader: Loader, description: str, run: Run) -> tqdm[Batch]:
-    """Wraps a loader in a bar that shows on a terminal only, of the first rank."""
-    disable = None if run.ranks.first else True
-    return tqdm(loader, description, leave=False, disable=disable, unit="batch", dynamic_ncols=True)
+    """Wraps a loader in a bar, of the first rank."""
+    return progress_bar(loader, description, unit="batch", show=run.ranks.first)

@@ -11,6 +11,10 @@ class PupilSegError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """Returns what a notebook shows instead of a traceback (IPython asks for this name)."""
+        return [f"error: {self}"]
+
 
 class UsageError(PupilSegError):
     """A request that cannot be met as it stands: an unknown name, a device that is not there."""

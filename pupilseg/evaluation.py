@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.files import atomic_path, write_json
 from pupilseg.plots import CENTER_AXIS_PX, read_history
 from pupilseg.predict import OnnxNetwork
+from pupilseg.progress import progress_bar
 from pupilseg.report import Example, write_report
 from pupilseg.scoring import FrameScores, masks_from_output, score_frames, share_within, summarise
 from pupilseg.shards import open_shards
@@ -36,12 +36,13 @@ COLUMNS = (
     "pupil_iou",
     "background_iou",
     "center_error_px",
+    "radius_error_px",
     "found",
     "is_blink",
     "area_px",
     "predicted_area_px",
 )
-"""Columns of per_frame.csv; center_error_px is empty where label or prediction has no pupil."""
+"""Columns of per_frame.csv; the errors are empty where label or prediction has no pupil."""
 CURVE_POINTS = 101
 """Rows of iou_curve.csv and center_curve.csv, whatever the number of frames."""
 
@@ -182,7 +183,7 @@ def _frames(
     packed = shards.encoding("label") == BITS
     images = shards["image"]
     starts = range(0, len(indices), batch_size)
-    for start in tqdm(starts, "evaluate", unit="batch", disable=None, dynamic_ncols=True):
+    for start in progress_bar(starts, "evaluate", unit="batch"):
         part = indices[start : start + batch_size]
         batch = np.stack([images[i] for i in part])
         for i, image, mask in zip(part, batch, masks(batch), strict=True):
@@ -237,6 +238,7 @@ def write_tables(scores: FrameScores, out: Path) -> None:
         scores.pupil_iou,
         scores.background_iou,
         scores.center_error_px,
+        scores.radius_error_px,
         scores.found.astype(int),
         scores.is_blink.astype(int),
         scores.area_px,

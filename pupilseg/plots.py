@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 CENTER_AXIS_PX = 10.0
 """Centre errors beyond this are past the right end of the curve."""
 _BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#6b7280"
+_LOSS_TITLES = {
+    "loss": "total loss",
+    "ce_loss": "cross-entropy",
+    "dice_loss": "Dice loss",
+    "surface_loss": "surface loss",
+    "center_loss": "centre loss",
+    "radius_loss": "radius loss",
+}
 _TRAINING_PANELS = (
     ("loss", ("train_loss", "valid_loss")),
     ("mIoU", ("train_iou", "valid_iou")),
@@ -108,11 +117,36 @@ def training_curves(history: Mapping[str, Sequence[float]]) -> bytes:
     Returns:
         A PNG file.
     """
-    panels = [
-        (label, [name for name in names if name in history])
-        for label, names in _TRAINING_PANELS
-        if any(name in history for name in names)
+    return _curves(
+        history,
+        [
+            (label, [name for name in names if name in history])
+            for label, names in _TRAINING_PANELS
+            if any(name in history for name in names)
+        ],
+    )
+
+
+def loss_curves(history: Mapping[str, Sequence[float]]) -> bytes:
+    """Draws each term of the loss over the epochs, in training and validation.
+
+    Args:
+        history: column -> values, as `read_history` gives it.
+
+    Returns:
+        A PNG file.
+    """
+    terms = [
+        name.removeprefix("train_") for name in history if re.fullmatch(r"train_(\w+_)?loss", name)
     ]
+    panels = [(_LOSS_TITLES.get(term, term), [f"train_{term}", f"valid_{term}"]) for term in terms]
+    return _curves(history, panels)
+
+
+def _curves(
+    history: Mapping[str, Sequence[float]], panels: Sequence[tuple[str, Sequence[str]]]
+) -> bytes:
+    """Draws panels of (title, columns) side by side over the epochs; returns a PNG file."""
     figure, every = _figure(max(1, len(panels)))
     for axes, (label, names) in zip(every, panels, strict=False):
         for name in names:
@@ -120,6 +154,7 @@ def training_curves(history: Mapping[str, Sequence[float]]) -> bytes:
             colour = _ORANGE if split == "train" else _BLUE
             axes.plot(history["epoch"], history[name], color=colour, label=split, marker=".")
         axes.set(xlabel="epoch", title=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no epoch 1.5
         axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 

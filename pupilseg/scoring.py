@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_vector, ellipse_mask
+from pupilseg.geometry import (
+    ELLIPSE_SCALE,
+    HEIGHT,
+    WIDTH,
+    ellipse_from_vector,
+    ellipse_mask,
+    ellipse_vector,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,6 +53,8 @@ class FrameScores:
         predicted_area_px: int64 (n,), pixels of the prediction.
         intersection_px: int64 (n,), pixels of both.
         center_error_px: float64 (n,), between the centroids; NaN where either mask is empty.
+        radius_error_px: float64 (n,), likewise: mean absolute difference of the semi-axes along x
+            and y of the upright ellipses with the masks' second moments.
     """
 
     names: list[str]
@@ -53,6 +62,7 @@ class FrameScores:
     predicted_area_px: NDArray[np.int64]
     intersection_px: NDArray[np.int64]
     center_error_px: NDArray[np.float64]
+    radius_error_px: NDArray[np.float64]
 
     @property
     def is_blink(self) -> NDArray[np.bool_]:
@@ -96,6 +106,14 @@ def centroid(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.array([columns @ np.arange(len(columns)), rows @ np.arange(len(rows))]) / area
 
 
+def radius_error_px(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> float:
+    """Returns by how much the semi-axes of two masks differ; NaN where either is empty."""
+    if not (truth.any() and found.any()):
+        return float("nan")
+    difference = (ellipse_vector(truth) - ellipse_vector(found)) * ELLIPSE_SCALE
+    return float(np.abs(difference[2:]).mean())
+
+
 def score_frames(names: list[str], pairs: Iterable[tuple[Any, Any]]) -> FrameScores:
     """Counts what the scores are made from.
 
@@ -104,12 +122,13 @@ def score_frames(names: list[str], pairs: Iterable[tuple[Any, Any]]) -> FrameSco
         pairs: (label, predicted mask) of each, (400, 640), non-zero inside.
     """
     areas = np.zeros((len(names), 3), dtype=np.int64)
-    errors = np.full(len(names), np.nan)
+    errors = np.full((len(names), 2), np.nan)
     for i, (label, mask) in enumerate(pairs):
         truth, found = np.asarray(label) != 0, np.asarray(mask) != 0
         areas[i] = [np.count_nonzero(m) for m in (truth, found, truth & found)]
-        errors[i] = np.hypot(*(centroid(truth) - centroid(found)))
-    return FrameScores(names, areas[:, 0], areas[:, 1], areas[:, 2], errors)
+        errors[i, 0] = np.hypot(*(centroid(truth) - centroid(found)))
+        errors[i, 1] = radius_error_px(truth, found)
+    return FrameScores(names, *areas.T, *errors.T)
 
 
 def summarise(scores: FrameScores) -> dict[str, float]:
@@ -118,15 +137,16 @@ def summarise(scores: FrameScores) -> dict[str, float]:
     Returns:
         miou, pupil_iou, background_iou from counts summed over all frames, as in training;
         pupil_iou_mean, _median, _p5 over the frames with a pupil; center_error_px_mean, _median,
-        _p95 over those where one was found; within_5px_share and found_share of the frames with a
-        pupil; frames, blinks, blink_false_positives (blinks with a prediction). NaN where there is
-        no frame to measure.
+        _p95 and the same of radius_error_px over those where one was found; within_5px_share and
+        found_share of the frames with a pupil; frames, blinks, blink_false_positives (blinks with a
+        prediction). NaN where there is no frame to measure.
     """
     union, inter = scores.union_px.sum(), scores.intersection_px.sum()
     pixels = len(scores.names) * HEIGHT * WIDTH
     pupil, background = _ratio(inter, union)[0], _ratio(pixels - union, pixels - inter)[0]
     open_eye = ~scores.is_blink
     iou, errors = scores.pupil_iou[open_eye], scores.center_error_px[scores.found]
+    radius = scores.radius_error_px[scores.found]
     within = share_within(scores.center_error_px[open_eye], np.array([GOOD_PX]))[0]
     return {
         "miou": float(pupil + background) / 2,
@@ -138,6 +158,9 @@ def summarise(scores: FrameScores) -> dict[str, float]:
         "center_error_px_mean": _mean(errors),
         "center_error_px_median": _quantile(errors, 0.5),
         "center_error_px_p95": _quantile(errors, 0.95),
+        "radius_error_px_mean": _mean(radius),
+        "radius_error_px_median": _quantile(radius, 0.5),
+        "radius_error_px_p95": _quantile(radius, 0.95),
         "within_5px_share": float(within),
         "found_share": _mean(scores.found[open_eye].astype(float)),
         "frames": len(scores.names),

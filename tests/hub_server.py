@@ -31,12 +31,16 @@ class Fault:
 
 @dataclass
 class HubServer:
-    """A Hub with one data set repository; a context manager, so that its thread ends."""
+    """A Hub with one data set repository; a context manager, so that its thread ends.
+
+    With a `token` it answers only those who bring it.
+    """
 
     repository: str
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]
     lfs: bool = True
+    token: str | None = None
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
 
@@ -88,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub: HubServer = self.server.hub
         path = unquote(urlsplit(self.path).path)
         hub.requests.append((self.command, path, self.headers.get("Range")))
+        if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self._send(401, b"{}", {"X-Error-Code": "GatedRepo"})
+            return
         fault = hub.fault(f"{self.command} {path}")
         if fault == "drop":
             self.close_connection = True

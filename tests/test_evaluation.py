@@ -25,7 +25,7 @@ from pupilseg.export import export_onnx
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_mask, ellipse_vector
 from pupilseg.metrics import EpochMetrics, scores
 from pupilseg.models import create_model
-from pupilseg.plots import read_history, share_within, training_curves
+from pupilseg.plots import loss_curves, read_history, share_within, training_curves
 from pupilseg.scoring import FrameScores, score_frames, summarise
 from pupilseg.shards import write_shards
 from pupilseg.shards.codec import IMAGE_TABLE
@@ -134,6 +134,27 @@ def test_closed_forms():
     assert total["center_error_px_p95"] == pytest.approx(4.75)
 
 
+def test_radius_errors():
+    """A run of w pixels has the second moment (w^2 - 1) / 12, and a semi-axis of twice its root."""
+    wide, tall = (np.zeros((HEIGHT, WIDTH), bool) for _ in range(2))
+    wide[200:220, 300:340] = True
+    tall[190:240, 310:330] = True
+
+    def semi_axis(width):
+        return 2 * np.sqrt((width**2 - 1) / 12)
+
+    found = score_frames(
+        list("abcd"), [(wide, tall), (wide, wide), (wide, ~wide & wide), (tall * 0, tall)]
+    )
+    along_x, along_y = semi_axis(40) - semi_axis(20), semi_axis(50) - semi_axis(20)
+    expected = [(along_x + along_y) / 2, 0, np.nan, np.nan]
+    assert found.radius_error_px == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    total = summarise(found)
+    assert total["radius_error_px_mean"] == pytest.approx(expected[0] / 2, abs=1e-4)
+    assert total["radius_error_px_median"] == pytest.approx(expected[0] / 2, abs=1e-4)
+    assert total["radius_error_px_p95"] == pytest.approx(0.95 * expected[0], abs=1e-4)
+
+
 def test_rows_and_metrics_are_of_the_raw_mask(done):
     out, metrics = done
     rows = read_rows(out / "per_frame.csv")
@@ -200,7 +221,9 @@ def test_examples_show_each_frame_once_in_order(frames):
     area = np.array([100 * is_open for is_open, _ in frames])
     inter = np.array([overlap * is_open for is_open, overlap in frames])
     predicted = np.array([overlap for _, overlap in frames])
-    found = FrameScores([""] * len(frames), area, predicted, inter, np.full(len(frames), np.nan))
+    found = FrameScores(
+        [""] * len(frames), area, predicted, inter, *np.full((2, len(frames)), np.nan)
+    )
     worst, median, best, blinks = choose_examples(found).values()
     shown = [*worst, *median, *best, *blinks]
     assert len(shown) == len(set(shown))
@@ -326,6 +349,15 @@ def test_history(tmp_path):
     path.write_bytes(b"\x00\xff\x00")
     with pytest.raises(DataError):
         read_history(path)
+
+
+def test_each_term_of_the_loss_has_a_panel():
+    columns = ("train_loss", "valid_loss", "train_ce_loss", "valid_ce_loss", "train_iou")
+    history = {"epoch": [1.0, 2.0], **{name: [1.0, 0.5] for name in columns}}
+    for terms in (2, 3):
+        png = loss_curves(history)
+        assert int.from_bytes(png[16:20]) == pytest.approx(462 * terms, abs=1)  # 4.2 in, 110 dpi
+        history |= {"train_heat_loss": [3.0, 2.0], "valid_heat_loss": [np.nan, np.nan]}
 
 
 def test_onnx_needs_no_torch(shards, threshold, tmp_path):

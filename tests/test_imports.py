@@ -11,12 +11,12 @@ from tests.import_graph import ROOT, imports, module_of
 PACKAGE = ROOT / "pupilseg"
 OPTIONAL = (
     *("mlflow", "modal", "datasets", "huggingface_hub", "onnx", "onnxscript", "onnxruntime"),
-    *("matplotlib", "dvc", "yaml"),
+    *("matplotlib", "dvc", "yaml", "IPython", "google"),
 )
 HEAVY = ("torch", "cv2", "pyarrow", "scipy", *OPTIONAL)
 LAYERS = {
     0: "errors geometry",
-    1: "maps files preprocess synthetic device program parallel",
+    1: "maps files preprocess synthetic device program parallel progress",
     2: "sources",
     3: "shards prefetch",
     4: "prepare feeds feed_stream loader distance augment models metrics",

@@ -15,12 +15,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 import pupilseg
 from pupilseg.errors import DataError, UsageError
 from pupilseg.files import directory_lock, write_json
 from pupilseg.preprocess import NONE, remaining_preprocessing
+from pupilseg.progress import progress_bar
 from pupilseg.shards import build
 from pupilseg.shards.format import COLUMNS, FORMAT, MANIFEST, VERSION, shard_name
 from pupilseg.shards.manifest import is_complete, read_manifest
@@ -158,9 +157,7 @@ def _build_all(job: build.Job, workers: int, progress: bool) -> list[dict[str, A
         if stale.name not in expected:
             stale.unlink()
     records: dict[int, dict[str, Any]] = {}
-    bar = tqdm(
-        total=total, desc=job.split, unit="frame", disable=None if progress else True, leave=False
-    )
+    bar = progress_bar(None, job.split, unit="frame", total=total, show=progress)
     bad = 0
     with bar:
         for index, record in _results(job, list(shards), workers):

@@ -1,0 +1,5 @@
+"""As in Colab: base of the errors of its services."""
+
+
+class Error(Exception):
+    """Base class."""
