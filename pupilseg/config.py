@@ -18,11 +18,18 @@ SMALL_BATCH, SMALL_BATCH_LR = 4, 1e-2
 """What learns most from few frames (docs/benchmarks.md)."""
 LARGE_BATCH = 32
 """What keeps a GPU busy."""
+LEAST_STEPS = 8
+"""Of an epoch: a few frames make smaller batches."""
 
 
-def default_batch_size(device: torch.device) -> int:
-    """Returns the batch size for a device: a CPU takes the same time a frame for any."""
-    return SMALL_BATCH if device.type == "cpu" else LARGE_BATCH
+def default_batch_size(device: torch.device, frames: int, processes: int = 1) -> int:
+    """Returns the batch size where none was asked for, over all processes.
+
+    A CPU takes the same time a frame for any, a GPU wants large ones.
+    """
+    most = SMALL_BATCH if device.type == "cpu" else LARGE_BATCH
+    wanted = min(most, frames // LEAST_STEPS)
+    return max(1, wanted // processes) * processes
 
 
 @dataclass(frozen=True, slots=True)

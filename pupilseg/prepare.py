@@ -16,10 +16,13 @@ from pupilseg.files import directory_lock, read_json, write_json
 from pupilseg.preprocess import NONE, remaining_preprocessing
 from pupilseg.shards import write_shards
 from pupilseg.shards.manifest import is_complete
+from pupilseg.shards.writer import make_job
 from pupilseg.sources import SPLITS, Source, SourceOptions, download, open_dataset, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from pupilseg.shards.build import Job
 
 RECORD = "source.json"
 DATASET = "Conner/sddec25-01"
@@ -78,6 +81,37 @@ def write_splits(
     }
 
 
+def shard_jobs(
+    raw_dir: Path,
+    out_dir: Path,
+    *,
+    rows_per_shard: int | None = None,
+    preprocessing: str = NONE,
+    max_bad: int = 0,
+) -> dict[str, Job]:
+    """Returns, by split, what `write_part` needs to write some of the shards of `write_splits`.
+
+    The arguments are those of `write_splits`, and must be the same there.
+
+    Raises:
+        PupilSegError: as `open_dataset` and `make_job`.
+    """
+    dataset = open_dataset(raw_dir)
+    recorded = read_json(Path(raw_dir) / RECORD, mend="download the source again")
+    return {
+        split: make_job(
+            dataset,
+            split,
+            Path(out_dir) / split,
+            rows_per_shard=rows_per_shard,
+            preprocessing=preprocessing,
+            max_bad=max_bad,
+            source_options=recorded.get("options"),
+        )
+        for split in SPLITS
+    }
+
+
 def ensure_shards(
     data_dir: str | Path,
     source: str,
@@ -89,6 +123,7 @@ def ensure_shards(
     preprocessing: str = NONE,
     max_bad: int = 0,
     progress: bool = True,
+    mend: str | None = None,
 ) -> Path:
     """Returns the directory with the shards of both splits; downloads and makes them if need be.
 
@@ -105,6 +140,8 @@ def ensure_shards(
         preprocessing: as `write_shards`.
         max_bad: as `write_shards`, for each split.
         progress: as `write_shards`.
+        mend: how to make room for another source, to end the error with; None for the flag of the
+            local scripts and the folders to remove.
 
     Returns:
         `data_dir / "shards"`.
@@ -117,10 +154,13 @@ def ensure_shards(
     shards = data_dir / "shards"
     options = options or SourceOptions()
     wanted = {"options": options.as_dict(), "preprocessing": preprocessing}
-    if _complete(shards, source, revision, wanted):
+    mend = mend or (
+        f"use another --data-dir, or remove what it holds: rm -r {shards} {data_dir / 'raw'}"
+    )
+    if _complete(shards, source, revision, wanted, mend):
         return shards
     with directory_lock(data_dir, wait=True):
-        if _complete(shards, source, revision, wanted):  # made while this process waited
+        if _complete(shards, source, revision, wanted, mend):  # made while this process waited
             return shards
         raw = data_dir / "raw"
         download(source, raw, revision=revision, options=options)
@@ -146,7 +186,9 @@ def ensure_shards(
     return shards
 
 
-def _complete(shards: Path, text: str, revision: str | None, wanted: Mapping[str, Any]) -> bool:
+def _complete(
+    shards: Path, text: str, revision: str | None, wanted: Mapping[str, Any], mend: str
+) -> bool:
     """Says whether the shards of what is wanted are there, complete.
 
     Raises:
@@ -155,15 +197,13 @@ def _complete(shards: Path, text: str, revision: str | None, wanted: Mapping[str
     path = shards / RECORD
     if not path.is_file():
         return False
-    data_dir = shards.parent
-    mend = f"use another --data-dir, or remove what it holds: rm -r {shards} {data_dir / 'raw'}"
     record = read_json(path, mend=mend)
     try:
         differs = _difference(record, text, revision, wanted)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from error
     if differs:
-        raise DataError(f"{data_dir} holds {differs}; {mend}")
+        raise DataError(f"{shards.parent} holds {differs}; {mend}")
     return all(is_complete(shards / split) for split in SPLITS)
 
 

@@ -33,7 +33,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: parses `sys.argv` itself; returns the exit code, or None for 0.
     """
-    _log_to_stderr()
+    log_to_stderr()
     try:
         code = main()
         sys.stdout.flush()
@@ -58,7 +58,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Shows the library's log (not that of other packages) from INFO on."""
     logger = logging.getLogger("pupilseg")
     if not logger.handlers:

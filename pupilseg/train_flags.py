@@ -21,6 +21,7 @@ from pupilseg.errors import UsageError
 from pupilseg.history import epoch_line
 from pupilseg.parallel import join_ranks
 from pupilseg.program import finishing, positive_int, whole_number
+from pupilseg.shards import open_shards
 from pupilseg.train import train
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 """Value of a bare `--resume`: the training state in the output directory."""
+MANY = 1 << 30
+"""Frames, before any is counted."""
 DEFERRING = "efficientvit_tiny"
 """The network whose metrics stay on a CUDA device until the end: its epochs take a second."""
 
@@ -42,7 +45,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive_int,
         help="over all processes of torchrun "
-        f"(default: {SMALL_BATCH} on a CPU, {LARGE_BATCH} elsewhere)",
+        f"(default: {SMALL_BATCH} on a CPU, {LARGE_BATCH} elsewhere, fewer for few frames)",
     )
     parser.add_argument(
         "--lr",
@@ -78,8 +81,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
+def config_from(
+    args: argparse.Namespace, model: str, frames: int = MANY, processes: int = 1
+) -> TrainConfig:
     """Makes the configuration of a run from parsed flags.
+
+    Args:
+        args: parsed.
+        model: name in `pupilseg.models`.
+        frames: to train on.
+        processes: that share a batch.
 
     Raises:
         UsageError: a value that cannot be trained with.
@@ -96,7 +107,7 @@ def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
     return TrainConfig(
         model=model,
         epochs=args.epochs,
-        batch_size=args.batch_size or default_batch_size(device),
+        batch_size=args.batch_size or default_batch_size(device, frames, processes),
         lr=args.lr or 0.0,
         seed=args.seed,
         augment=None if args.no_augment else AugmentConfig(),
@@ -145,11 +156,15 @@ def train_as_asked(
     Raises:
         PupilSegError: whatever keeps the run from starting, or from going on.
     """
-    config = config_from(args, model)
+    config_from(args, model)
     resume = resume_file(args, model, output_dir)
     with join_ranks(find_device(args.device)) as (ranks, device):
-        ranks.share_of(config.batch_size)
+        if args.batch_size is not None:
+            ranks.share_of(args.batch_size)
         shards = ranks.after_first(find_shards)
+        with open_shards(shards / "train") as train_shards:
+            frames = min(len(train_shards), args.limit or MANY)
+        config = config_from(args, model, frames, ranks.world_size)
         with finishing("this epoch") as stop:
             result = train(
                 config,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.checkout import copy_checkout
 from tests.import_graph import ROOT, imported_files
 
 STAGES = ("download", "materialize", "train", "evaluate", "export")
@@ -46,18 +46,7 @@ def test_demo_is_the_same_pipeline():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the files that git knows or would add, with a repository of its own."""
-    copy = tmp_path_factory.mktemp("checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, check=True,
-    ).stdout.decode()  # fmt: skip
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name)
-    subprocess.run(["git", "init", "-q", "."], cwd=copy, check=True)
-    return copy
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def repro(checkout, target="dvc.yaml"):

@@ -14,7 +14,6 @@ from pupilseg.models import create_model, list_models
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MARK = "<!-- executed by tests/test_readme.py -->"
 ENV = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT),
@@ -29,9 +28,10 @@ def commands(text):
     return [line for line in lines if line]
 
 
-def marked_commands():
-    """Returns the commands of each block that stands under the mark."""
-    return [commands(part.split("```\n")[0] + "```\n") for part in README.split(MARK)[1:]]
+def marked_commands(test="tests/test_readme.py"):
+    """Returns the commands of each block that is marked as executed by a test file."""
+    parts = README.split(f"<!-- executed by {test} -->")[1:]
+    return [commands(part.split("```\n")[0] + "```\n") for part in parts]
 
 
 def run(line, cwd):
@@ -69,7 +69,8 @@ def test_every_command_exists(line):
     elif words[0] == "dvc":
         assert (ROOT / "dvc.yaml").exists()
     else:
-        assert line in [command for block in marked_commands() for command in block]
+        test = "tests/test_modal.py" if words[0] == "modal" else "tests/test_readme.py"
+        assert line in [command for block in marked_commands(test) for command in block]
 
 
 def test_files_that_the_readme_links_exist():

@@ -12,6 +12,7 @@ import torch
 
 from pupilseg import train_flags
 from pupilseg.checkpoint import load_model, read_card
+from pupilseg.config import default_batch_size
 from pupilseg.errors import CheckpointError
 from pupilseg.models import list_models
 from pupilseg.run import notes_of
@@ -159,6 +160,16 @@ def test_batch_and_rate_suit_the_device_and_each_other(monkeypatch, flags, devic
     train_flags.add_train_arguments(parser)
     config = config_from(parser.parse_args(flags), "efficientvit")
     assert (config.batch_size, config.lr) == pytest.approx(expected)
+
+
+def test_few_frames_make_small_batches_that_all_processes_can_share():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert default_batch_size(cuda, 8916) == 32
+    assert default_batch_size(cuda, 19) == 2
+    assert default_batch_size(cpu, 19) == 2
+    assert default_batch_size(cpu, 3) == 1
+    assert default_batch_size(cpu, 3, processes=2) == 2
+    assert default_batch_size(cuda, 8916, processes=3) == 30
 
 
 # Tracking

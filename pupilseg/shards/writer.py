@@ -25,7 +25,7 @@ from pupilseg.shards.format import COLUMNS, FORMAT, MANIFEST, VERSION, shard_nam
 from pupilseg.shards.manifest import is_complete, read_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pupilseg.sources import Dataset
 
@@ -86,14 +86,57 @@ def write_shards(
         OutputError: the disk is full or may not be written.
         UsageError: an argument that makes no sense.
     """
+    job = make_job(
+        dataset,
+        split,
+        out_dir,
+        rows_per_shard=rows_per_shard,
+        preprocessing=preprocessing,
+        max_bad=max_bad,
+        source_options=source_options,
+    )
+    if workers < 1:
+        raise UsageError(f"workers = {workers}, expected at least 1")
+    about, out_dir = job.about, job.out_dir
+    with directory_lock(out_dir):
+        done = _existing(out_dir, about)
+        if done is not None:
+            return done
+        records = _build_all(job, workers, progress)
+        manifest = _manifest(about, records)
+        if not manifest["rows"]:
+            raise DataError(f"{dataset.source} has no good sample in split {split!r}")
+        for leftover in out_dir.glob(".*.part"):  # of killed workers; the lock is ours
+            leftover.unlink(missing_ok=True)
+        write_json(out_dir / MANIFEST, manifest)
+        shutil.rmtree(out_dir / _BUILDING, ignore_errors=True)
+    log.info("%s: %d samples in %d files", out_dir, manifest["rows"], len(manifest["files"]))
+    return manifest
+
+
+def make_job(
+    dataset: Dataset,
+    split: str,
+    out_dir: Path,
+    *,
+    rows_per_shard: int | None = None,
+    preprocessing: str = NONE,
+    max_bad: int = 0,
+    source_options: Mapping[str, Any] | None = None,
+) -> build.Job:
+    """Returns what every shard of a split has in common; the arguments are those of `write_shards`.
+
+    Raises:
+        DataError: an empty split.
+        UsageError: an argument that makes no sense.
+    """
     out_dir = Path(out_dir)
     rows = dataset.count(split)
     if rows < 1:
         raise DataError(f"{dataset.source} has no samples in split {split!r}")
-    if workers < 1 or max_bad < 0 or (rows_per_shard is not None and rows_per_shard < 1):
+    if max_bad < 0 or (rows_per_shard is not None and rows_per_shard < 1):
         raise UsageError(
-            f"workers = {workers}, rows_per_shard = {rows_per_shard}, max_bad = {max_bad}: "
-            "expected at least 1, 1 and 0"
+            f"rows_per_shard = {rows_per_shard}, max_bad = {max_bad}: expected at least 1 and 0"
         )
     apply, effective = remaining_preprocessing(dataset.preprocessing, preprocessing)
     about = {
@@ -108,21 +151,33 @@ def write_shards(
         "source_rows": rows,
         "rows_per_shard": rows_per_shard or default_rows_per_shard(rows),
     }
-    with directory_lock(out_dir):
-        done = _existing(out_dir, about)
-        if done is not None:
-            return done
-        job = build.Job(dataset, split, out_dir, out_dir / _BUILDING, apply, max_bad, about)
-        records = _build_all(job, workers, progress)
-        manifest = _manifest(about, records)
-        if not manifest["rows"]:
-            raise DataError(f"{dataset.source} has no good sample in split {split!r}")
-        for leftover in out_dir.glob(".*.part"):  # of killed workers; the lock is ours
-            leftover.unlink(missing_ok=True)
-        write_json(out_dir / MANIFEST, manifest)
-        shutil.rmtree(out_dir / _BUILDING, ignore_errors=True)
-    log.info("%s: %d samples in %d files", out_dir, manifest["rows"], len(manifest["files"]))
-    return manifest
+    return build.Job(dataset, split, out_dir, out_dir / _BUILDING, apply, max_bad, about)
+
+
+def count_shards(job: build.Job) -> int:
+    """Returns the number of shard files of a split."""
+    return -(-job.about["source_rows"] // job.about["rows_per_shard"])
+
+
+def write_part(job: build.Job, shards: Sequence[int], *, workers: int = 1) -> int:
+    """Writes some shards of a split, for another process, which may be on another machine.
+
+    `write_shards` of the same split finds them finished, and writes what is missing and the
+    manifest. Two processes must not be given the same shard at once.
+
+    Args:
+        job: from `make_job`.
+        shards: numbers below `count_shards(job)`.
+        workers: processes; 1 works in this process.
+
+    Returns:
+        The number of samples in them.
+
+    Raises:
+        DataError: more bad samples in one of them than the split may have.
+        OutputError: a shard cannot be written.
+    """
+    return sum(record["rows"] for _, record in _results(job, list(shards), workers))
 
 
 def _existing(out_dir: Path, about: dict[str, Any]) -> dict[str, Any] | None:
@@ -150,14 +205,13 @@ def _existing(out_dir: Path, about: dict[str, Any]) -> dict[str, Any] | None:
 
 def _build_all(job: build.Job, workers: int, progress: bool) -> list[dict[str, Any]]:
     """Builds every shard that is not there yet; returns the records in order."""
-    total, size = job.about["source_rows"], job.about["rows_per_shard"]
-    shards = range((total + size - 1) // size)
+    shards = range(count_shards(job))
     expected = {shard_name(i) for i in shards}
     for stale in job.out_dir.glob("shard-*.arrow"):
         if stale.name not in expected:
             stale.unlink()
     records: dict[int, dict[str, Any]] = {}
-    bar = progress_bar(None, job.split, unit="frame", total=total, show=progress)
+    bar = progress_bar(None, job.split, unit="frame", total=job.about["source_rows"], show=progress)
     bad = 0
     with bar:
         for index, record in _results(job, list(shards), workers):

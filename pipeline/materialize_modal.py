@@ -1,0 +1,10 @@
+"""Makes the shards of a source in many containers, in the volume that training reads.
+
+modal run pipeline/materialize_modal.py [--dataset SRC] [--data-dir DIR] [--rows-per-shard N]
+"""
+
+import sys
+
+from pupilseg.cloud import materializing_app
+
+app, fetch, build, prepare, main = materializing_app(sys.argv[1:])

@@ -1,0 +1,10 @@
+"""Trains the ellipse regressor on a rented GPU, and brings the files back.
+
+modal run training/train_ellipse.py [--epochs N] [--gpu A100,H100] [--output-dir DIR] [...]
+"""
+
+import sys
+
+from pupilseg.cloud import training_app
+
+app, prepare, train, main = training_app("ellipse", sys.argv[1:])
