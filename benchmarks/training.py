@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.machine import machine_line
+from pupilseg.allocator import keep_freed_memory
 from pupilseg.augment import augment
 from pupilseg.config import TrainConfig
 from pupilseg.device import find_device
@@ -185,6 +186,8 @@ def main() -> None:
     parser.add_argument("--to-iou", type=float, help="train until this validation pupil IoU")
     parser.add_argument("--data-dir", type=Path, help="keeps the rendered eyes for another time")
     args = parser.parse_args()
+    if find_device(args.device).type == "cpu":
+        keep_freed_memory()  # as the training programs do
     print(machine_line("torch", "numpy"))
     print(f"device {find_device(args.device)}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as temporary:

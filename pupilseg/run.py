@@ -73,10 +73,14 @@ class Run:
         self.model = synchronise_norms(self._network(), ranks, device)
         self.evaluated = self._network()
         self.averaged = AveragedWeights(self.model, config.ema_decay)
-        # One kernel for all weights, and on CUDA the only form that can skip a step whose
-        # gradients overflowed without asking the host.
+        # Fused is on CUDA the only form that can skip a step whose gradients overflowed without
+        # asking the host; on a CPU it takes 4.0 ms a step, the other 2.0 (130 weights, 2 threads).
+        fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay), lr=config.lr, fused=True
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.lr,
+            fused=fused,
+            foreach=not fused,
         )
         cuda = device.type == "cuda" and config.amp
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)

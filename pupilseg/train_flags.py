@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pupilseg.allocator import keep_freed_memory
 from pupilseg.augment import AugmentConfig
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.config import (
@@ -165,6 +166,8 @@ def train_as_asked(
         with open_shards(shards / "train") as train_shards:
             frames = min(len(train_shards), args.limit or MANY)
         config = config_from(args, model, frames, ranks.world_size)
+        if device.type == "cpu":
+            keep_freed_memory()
         with finishing("this epoch") as stop:
             result = train(
                 config,

@@ -16,7 +16,7 @@ OPTIONAL = (
 HEAVY = ("torch", "cv2", "pyarrow", "scipy", *OPTIONAL)
 LAYERS = {
     0: "errors geometry",
-    1: "maps files preprocess synthetic device program parallel progress",
+    1: "maps files preprocess synthetic device program parallel progress allocator",
     2: "sources",
     3: "shards prefetch",
     4: "prepare feeds feed_stream loader distance augment models metrics",
