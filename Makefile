@@ -28,7 +28,7 @@ test: $(READY) ## lint, type check and run every test that needs no GPU
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest -m "not gpu" -n 2 --dist loadfile
+	python -m pytest -m "not gpu" -n 2 --dist worksteal
 
 test-gpu: $(READY) ## run the tests that need a CUDA device
 	python -m pytest -m gpu

@@ -1,5 +1,8 @@
 """What every test gets: one thread for torch, so that sums are formed in one order."""
 
+import logging
+import signal
+
 import pytest
 
 
@@ -9,6 +12,22 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_configure():
+    """Listens to Ctrl-C, which a shell's background job ignores, and all that it starts with it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def library_log():
+    """The library's log is afterwards what it was: programs that run in tests show theirs."""
+    logger = logging.getLogger("pupilseg")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 def pytest_collection_modifyitems(items):

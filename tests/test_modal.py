@@ -316,9 +316,9 @@ def test_folders_of_a_volume():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A clean clone with shards that were made in it."""
+    """A clean clone with shards that were made in it: a batch of `params.yaml` and more."""
     clone = copy_checkout(tmp_path_factory.mktemp("clone"))
-    download(SOURCE, clone / "data" / "raw")
+    download("synthetic:24@1", clone / "data" / "raw")
     write_splits(clone / "data" / "raw", clone / "data" / "shards", workers=1, progress=False)
     return clone
 
@@ -373,6 +373,7 @@ def test_a_lost_container_is_followed_by_one_that_goes_on(clone, tmp_path):
         *("--secret", "mlflow:MLFLOW_TRACKING_URI=http://127.0.0.1:9,MLFLOW_EXPERIMENT_ID=1"),
     )
     run = ("modal", "run", "training/train_ellipse.py", "--dataset", SOURCE, "--limit", "8")
+    run += ("--batch-size", "4")
     summary = tmp_path / "s.json"
     words = ("--execute", *volumes, "--", *run, "--epochs", "2", "--output-dir", str(tmp_path))
     command = offline(clone, summary, *words)
