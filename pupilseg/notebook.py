@@ -8,7 +8,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 from IPython.display import FileLink, Image, display
 
@@ -16,7 +15,7 @@ from pupilseg.colab import download, in_colab
 from pupilseg.evaluation import load_masks
 from pupilseg.geometry import ELLIPSE_SCALE
 from pupilseg.history import epoch_line
-from pupilseg.pictures import compare, encode
+from pupilseg.pictures import compare, encode, sheet
 from pupilseg.plots import loss_curves, read_history, training_curves
 from pupilseg.shards import open_shards
 from pupilseg.sources import SPLITS
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from torch import nn
 
 TILE_PX = (480, 300)
@@ -96,16 +94,7 @@ def show_frames(split_dir: Path, model_file: Path | None = None, count: int = 4)
         for row, image, mask in zip(tiles, images, masks(images), strict=True):
             row.append(compare(image, nothing, mask))
     print("frames:", *(sample["name"] for sample in samples))
-    _show(encode(_sheet([tile for row in tiles for tile in row]), ".jpg"))
-
-
-def _sheet(tiles: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Returns pictures (H, W, 3) as one, two in a row, each `TILE_PX` large."""
-    small = [cv2.resize(tile, TILE_PX, interpolation=cv2.INTER_AREA) for tile in tiles]
-    if len(small) % 2:
-        small.append(np.full_like(small[0], 255))
-    rows = [np.hstack(small[i : i + 2]) for i in range(0, len(small), 2)]
-    return np.vstack(rows).astype(np.uint8)
+    _show(encode(sheet([tile for row in tiles for tile in row], TILE_PX), ".jpg"))
 
 
 def _show(encoded: bytes) -> None:

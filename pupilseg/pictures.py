@@ -12,6 +12,7 @@ from pupilseg.files import atomic_path
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -85,6 +86,20 @@ def compare(
         contours, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, contours, -1, colour, thickness)
     return canvas
+
+
+def sheet(tiles: Sequence[NDArray[np.uint8]], size_px: tuple[int, int]) -> NDArray[np.uint8]:
+    """Returns pictures as one, two in a row.
+
+    Args:
+        tiles: uint8 (H, W, 3) each, at least one.
+        size_px: width and height that each is given.
+    """
+    small = [cv2.resize(tile, size_px, interpolation=cv2.INTER_AREA) for tile in tiles]
+    if len(small) % 2:
+        small.append(np.full_like(small[0], 255))
+    rows = [np.hstack(small[i : i + 2]) for i in range(0, len(small), 2)]
+    return np.vstack(rows).astype(np.uint8)
 
 
 def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 import torch
 
 from pupilseg.checkpoint import load_model
 from pupilseg.errors import PupilSegError
 from pupilseg.files import atomic_path
+from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.metrics import predicted_mask
-from pupilseg.pictures import compare, write_image
+from pupilseg.pictures import compare, sheet, write_image
 from pupilseg.plots import read_history, training_curves
 
 if TYPE_CHECKING:
@@ -86,9 +86,5 @@ def _write_predictions(model_file: Path, validation: ShardSet, path: Path) -> No
         pixels = torch.from_numpy(image)[None, None].float() / 127.5 - 1
         with torch.no_grad():
             mask = predicted_mask(model(pixels))[0].numpy()
-        drawn = compare(image, np.asarray(sample["label"]), mask)
-        tiles.append(cv2.resize(drawn, image.shape[::-1], interpolation=cv2.INTER_AREA))
-    if count % 2:
-        tiles.append(np.zeros_like(tiles[0]))
-    rows = [np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)]
-    write_image(path, np.vstack(rows).astype(np.uint8))
+        tiles.append(compare(image, np.asarray(sample["label"]), mask))
+    write_image(path, sheet(tiles, (WIDTH, HEIGHT)))
