@@ -106,17 +106,12 @@ def client(gate, server, environment, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Short patience, and an environment and a logger that are as before at the end."""
+    """Short patience, and an environment that is as before at the end."""
     for variable in tracking.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     for variable, value in tracking._DEFAULTS.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    logger = logging.getLogger("pupilseg")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = before[:2]
-    logger.setLevel(before[2])
 
 
 @pytest.fixture
