@@ -17,7 +17,7 @@ HEAVY = ("torch", "cv2", "pyarrow", "scipy", *OPTIONAL)
 LAYERS = {
     0: "errors geometry",
     1: "maps files preprocess synthetic device program parallel progress allocator",
-    2: "sources",
+    2: "sample sources",
     3: "shards prefetch",
     4: "prepare feeds feed_stream loader distance augment models metrics",
     5: "losses checkpoint optim",

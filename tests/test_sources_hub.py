@@ -20,7 +20,7 @@ from source_data import frame, write_both
 
 from pupilseg.errors import DataError
 from pupilseg.sources import hub as hub_module
-from pupilseg.sources.sample import safe_relative
+from pupilseg.sources.paths import safe_relative
 
 pytest.importorskip("huggingface_hub")
 pytestmark = pytest.mark.integration

@@ -15,7 +15,6 @@ from source_data import write_both, write_openeds
 from pupilseg.errors import DataError, OutputError, UsageError
 from pupilseg.files import directory_lock
 from pupilseg.sources import SourceOptions, download, open_dataset, parse_source
-from pupilseg.sources.sample import Sample, check_sample
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "openeds-sample"
@@ -156,18 +155,6 @@ def test_mend_command_repeats_the_options(tmp_path):
     words = "--augmented-validation --validation-fraction 0.4 --seed 1$"
     with pytest.raises(DataError, match=words):
         open_dataset(tmp_path)
-
-
-def test_samples_are_checked():
-    good = np.zeros((400, 640), np.uint8)
-    for sample, words in [
-        (Sample("n", good[:, :600], good), r"here: column image is uint8 \(400, 600\), expected"),
-        (Sample("n", good, good.astype(np.int64)), "column label is int64"),
-        (Sample("n", good, good + 2), "column label has values up to 2"),
-        (Sample("n", good, good, ellipse=np.zeros(5, np.float32)), "column ellipse is float32"),
-    ]:
-        with pytest.raises(DataError, match=words):
-            check_sample(sample, "here")
 
 
 def run_download(*words, **kwargs):

@@ -13,6 +13,7 @@ from source_data import SHAPES, frame, list_array, table, write, write_both
 from pupilseg.errors import DataError
 from pupilseg.geometry import ellipse_vector
 from pupilseg.maps import distance_maps, spatial_weights
+from pupilseg.sample import check_sample
 from pupilseg.sources import SourceOptions, download, open_dataset
 from pupilseg.sources.columns import ARRAYS, column_array
 
@@ -210,7 +211,7 @@ ELLIPSES = pa.array([0.5, None, 0.5], pa.float32())
         ("image", lambda a: a.cast(pa.list_(pa.int16())), "column image is list.*int16.*expected"),
         ("image", lambda _: pa.array(["x", "y", "z"]), "column image is string, expected lists"),
         ("image", lambda a: pa.array([[[b]] for b in range(3)]), "column image is list"),
-        ("label", lambda a: with_value(a, 3), "row 2: column label has values up to 3"),
+        ("label", lambda a: with_value(a, 3), "row 2: column label has values 0..3"),
         ("spatial_weights", lambda a: with_value(a, np.nan), "row 2: .*spatial_weights holds NaN"),
         ("dist_map", lambda a: with_value(a, np.inf), "row 2: column dist_map holds NaN or inf"),
         ("filename", lambda _: pa.array([1, 2, 3]), "column filename is int64, expected string"),
@@ -224,7 +225,7 @@ def test_wrong_columns_are_refused_by_name(tmp_path, name, change, words):
     write(tmp_path / "eyes" / "train" / "s.parquet", columns)
     write(tmp_path / "eyes" / "validation" / "s.parquet", columns)
     with pytest.raises(DataError, match=words):
-        list(opened(tmp_path / "eyes", tmp_path / "raw").read("train", 0, 3))
+        list(map(check_sample, opened(tmp_path / "eyes", tmp_path / "raw").read("train", 0, 3)))
 
 
 def test_null_ellipse_is_refused(tmp_path):

@@ -6,8 +6,9 @@ frames in memory at a time.
 
 from __future__ import annotations
 
+from pupilseg.sample import SPLITS, Dataset, Sample
 from pupilseg.sources.manifest import MANIFEST, download, open_dataset
-from pupilseg.sources.sample import SPLITS, Dataset, Sample, SourceOptions
+from pupilseg.sources.options import SourceOptions
 from pupilseg.sources.spec import FORMS, Source, parse_source
 
 __all__ = [

@@ -10,13 +10,16 @@ import numpy as np
 
 from pupilseg.errors import DataError
 from pupilseg.geometry import letterbox_box
-from pupilseg.sources.sample import EYE_CLASSES, PUPIL_OF_FOUR, SHAPE
+from pupilseg.sample import SHAPE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+EYE_CLASSES = 4
+PUPIL_OF_FOUR = 3
+"""The pupil among 0 background, 1 sclera, 2 iris, 3 pupil (OpenEDS)."""
 _PNG_HEADER = 24
 _MAX_SIDE = 8192
 """Longest side that is decoded; a header that claims more is taken for damage or malice."""

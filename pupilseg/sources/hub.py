@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError, DownloadError, PupilSegError
-from pupilseg.sources.sample import safe_relative
+from pupilseg.sources.paths import safe_relative
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 from pupilseg.errors import DataError
 from pupilseg.files import directory_lock, read_json, write_json
 from pupilseg.sources import openeds, parquet, rendered
-from pupilseg.sources.sample import SourceOptions
+from pupilseg.sources.options import SourceOptions
 from pupilseg.sources.spec import FORMS, Source, parse_source
 
 if TYPE_CHECKING:
-    from pupilseg.sources.sample import Dataset
+    from pupilseg.sample import Dataset
 
 log = logging.getLogger(__name__)
 

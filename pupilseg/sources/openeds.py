@@ -16,23 +16,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError
-from pupilseg.sources.frames import fit_frame, png_size, pupil_of, read_image, read_label
-from pupilseg.sources.sample import (
+from pupilseg.sample import SHAPE, SPLITS, Sample
+from pupilseg.sources.frames import (
     EYE_CLASSES,
-    SHAPE,
-    SPLITS,
-    Sample,
-    SourceOptions,
-    check_range,
-    check_sample,
-    check_split,
-    safe_relative,
+    fit_frame,
+    png_size,
+    pupil_of,
+    read_image,
+    read_label,
 )
-from pupilseg.sources.splits import SPLIT_FOLDERS, missing_split, natural_key
+from pupilseg.sources.paths import safe_relative
+from pupilseg.sources.splits import (
+    SPLIT_FOLDERS,
+    check_range,
+    check_split,
+    missing_split,
+    natural_key,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from pupilseg.sources.options import SourceOptions
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +75,7 @@ class OpenEdsDataset:
                 self._refuse(label_path, int(label.max()))
             image, label = fit_frame(image, label, self.resize)
             name = image_path.removesuffix(".png")
-            yield check_sample(Sample(name, image, label), str(self.root / image_path))
+            yield Sample(name, image, label, origin=str(self.root / image_path))
 
     def _refuse(self, label_path: str, highest: int) -> None:
         """Raises for a label that does not have the number of classes of the set."""

@@ -13,24 +13,25 @@ import pyarrow.parquet as pq
 
 from pupilseg.errors import DataError
 from pupilseg.preprocess import NONE
+from pupilseg.sample import SPLITS, Sample
 from pupilseg.sources import columns
+from pupilseg.sources.paths import safe_relative
 from pupilseg.sources.rows import RowStream, damage
-from pupilseg.sources.sample import (
-    SPLITS,
-    Sample,
-    SourceOptions,
+from pupilseg.sources.splits import (
     check_range,
-    check_sample,
     check_split,
-    safe_relative,
+    missing_split,
+    natural_key,
+    split_of,
 )
-from pupilseg.sources.splits import missing_split, natural_key, split_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from pupilseg.sources.options import SourceOptions
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +107,12 @@ class ParquetDataset:
             self._stream = stream
 
     def _sample(self, stream: RowStream, row: int, part: Part) -> Sample:
-        """Returns one row as a checked sample."""
+        """Returns one row as a sample."""
         values = stream.row(row)
         name = values.pop("name", None)
         if name is None or not self._unique_names:
             name = f"{part.path}#{row}" + (f":{name}" if name else "")
-        return check_sample(Sample(name=name, **values), f"{stream.file} row {row}")
+        return Sample(name=name, **values, origin=f"{stream.file} row {row}")
 
 
 def scan(root: Path, paths: list[str], where: str, options: SourceOptions) -> dict[str, Any]:

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError
-from pupilseg.sources.sample import (
-    PUPIL_OF_FOUR,
-    Sample,
-    SourceOptions,
-    check_range,
-    check_sample,
-    check_split,
-)
+from pupilseg.sample import Sample
+from pupilseg.sources.frames import PUPIL_OF_FOUR
+from pupilseg.sources.splits import check_range, check_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pupilseg.sources.options import SourceOptions
     from pupilseg.sources.spec import Source
 
 
@@ -49,7 +45,7 @@ class RenderedDataset:
             frame = render(index, self.seed)
             label = (frame.classes == PUPIL_OF_FOUR).astype("uint8")
             name = f"synthetic-{self.seed}-{index:06d}"
-            yield check_sample(Sample(name, frame.image, label), name)
+            yield Sample(name, frame.image, label)
 
 
 def scan(source: Source, options: SourceOptions) -> dict[str, Any]:

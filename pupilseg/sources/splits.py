@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pupilseg.errors import DataError
+from pupilseg.errors import DataError, UsageError
+from pupilseg.sample import SPLITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,3 +56,20 @@ def missing_split(where: Path | str, split: str, expected: str, found: Iterable[
         else ""
     )
     return DataError(f"{where} has no {split} split; expected {expected}, {has}{test}")
+
+
+def check_range(split: str, start: int, stop: int, count: int) -> None:
+    """Raises IndexError unless 0 <= start <= stop <= count."""
+    if not 0 <= start <= stop <= count:
+        raise IndexError(f"samples {start}..{stop} of {split}, which has {count}")
+
+
+def check_split(split: str) -> str:
+    """Returns the split's name.
+
+    Raises:
+        UsageError: it is neither "train" nor "validation".
+    """
+    if split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
+    return split
