@@ -24,7 +24,7 @@ from pupilseg.export import export_onnx
 from pupilseg.files import output_errors, read_json, write_json
 from pupilseg.prepare import RECORD, ensure_shards, shard_jobs
 from pupilseg.program import log_to_stderr
-from pupilseg.shards.format import MANIFEST
+from pupilseg.shards.format import MANIFEST, SUMS
 from pupilseg.shards.manifest import is_complete, read_manifest
 from pupilseg.shards.writer import count_shards, write_part
 from pupilseg.sources import SPLITS, SourceOptions, download, parse_source
@@ -257,7 +257,7 @@ def copy_shards(shards: Path, to: Path) -> Path:
     for split in SPLITS:
         (to / split).mkdir(parents=True)
         names = [entry["file"] for entry in read_manifest(shards / split)["files"]]
-        pairs += [(shards / split / name, to / split / name) for name in (*names, MANIFEST)]
+        pairs += [(shards / split / name, to / split / name) for name in (*names, SUMS, MANIFEST)]
     with output_errors(to / MANIFEST), ThreadPoolExecutor(_COPIES) as pool:
         for _ in pool.map(lambda pair: shutil.copyfile(*pair), pairs):
             pass

@@ -136,16 +136,33 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value as indented JSON, atomically; the same value gives the same bytes.
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text as UTF-8, atomically.
 
     Raises:
         OutputError: as `atomic_path`.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def json_text(value: Any) -> str:
+    """Returns a value as indented JSON; the same value gives the same text.
+
+    Raises:
         ValueError: the value holds NaN or infinity, which JSON has no name for.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as `json_text`, atomically.
+
+    Raises:
+        OutputError: as `atomic_path`.
+        ValueError: as `json_text`.
+    """
+    write_text(path, json_text(value))
 
 
 def read_json(path: str | os.PathLike[str], *, mend: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import FakeDataset, random_image
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from masks import CORNERS, EDGES, EMPTY, FULL, labels
 
 from pupilseg import maps
 from pupilseg.errors import DataError, LockedError, OutputError
@@ -79,7 +83,9 @@ def test_usual_form_is_exact_and_compact(tmp_path):
         "ellipse_free": "raw",
     }
     assert manifest["files"][0]["bytes"] / 5 < 840_000
-    assert sorted(os.listdir(tmp_path / "train")) == ["manifest.json", "shard-00000.arrow"]
+    assert sorted(os.listdir(tmp_path / "train")) == [
+        *("SHA256SUMS", "manifest.json", "shard-00000.arrow")
+    ]
 
 
 def test_a_column_falls_back_to_raw_where_no_encoding_is_exact(tmp_path):
@@ -110,6 +116,34 @@ def test_two_valued_weights_of_the_source_keep_their_value(tmp_path):
     about = manifest["files"][0]["encodings"]["spatial_weights"]
     assert about == {"encoding": "bits", "value": float(np.float32(3.7))}
     check_equal(dataset, tmp_path)
+
+
+@settings(max_examples=12, deadline=None)
+@given(masks=st.lists(labels, min_size=1, max_size=3), bring=st.integers(0, 7))
+@example(masks=[EMPTY, FULL, *CORNERS], bring=7)
+@example(masks=EDGES, bring=0)
+def test_any_mask_is_exact_in_the_compact_form(masks, bring):
+    """Whatever the masks, and whichever of its maps the source brings by the definition."""
+
+    class Masks(FakeDataset):
+        def sample(self, split, index):
+            label, image = masks[index], random_image(np.random.default_rng(index))
+            return Sample(
+                f"mask {index}",
+                image,
+                label,
+                maps.spatial_weights(label) if bring & 1 else None,
+                maps.distance_maps(label) if bring & 2 else None,
+                ellipse_vector(label) if bring & 4 else None,
+            )
+
+    dataset = Masks(train=len(masks))
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_shards(dataset, "train", Path(folder))
+        encodings = manifest["files"][0]["encodings"]
+        assert encodings["dist_map"] == {"encoding": "u2"}
+        assert encodings["spatial_weights"]["encoding"] == "bits"
+        check_equal(dataset, Path(folder))
 
 
 @pytest.mark.parametrize(
@@ -312,30 +346,14 @@ def test_a_shard_may_lose_all_its_samples(tmp_path):
         write_shards(FakeDataset(train=0), "train", tmp_path / "none")
 
 
-def sample_with(**changes):
-    rng = np.random.default_rng(0)
-    label = np.zeros((400, 640), dtype=np.uint8)
-    return Sample(**({"name": "x", "image": random_image(rng), "label": label} | changes))
-
-
-@pytest.mark.parametrize(
-    ("sample", "message"),
-    [
-        (sample_with(name=""), "name is ''"),
-        (sample_with(image=np.zeros((640, 400), np.uint8)), r"image is uint8 \(640, 400\)"),
-        (sample_with(label=np.full((400, 640), 3, np.uint8)), "values 3..3"),
-        (sample_with(label=np.zeros((400, 640), np.float32)), "label has dtype float32"),
-        (sample_with(dist_map=np.zeros((400, 640), np.float32)), "dist_map is float32"),
-        (sample_with(ellipse=np.full(4, np.nan, np.float32)), "ellipse holds NaN"),
-        (sample_with(spatial_weights=np.zeros((400, 640))), "spatial_weights is float64"),
-    ],
-)
-def test_a_hostile_sample_is_named(tmp_path, sample, message):
+def test_a_hostile_sample_is_named(tmp_path):
     class Hostile(FakeDataset):
         def sample(self, split, index):
-            return sample
+            image = random_image(np.random.default_rng(index))
+            return Sample("x", image, np.full((400, 640), 3, np.uint8), origin="a.parquet row 7")
 
-    with pytest.raises(DataError, match=message):
+    words = r"train\[0\] 'x': a.parquet row 7: column label has values 3..3, expected"
+    with pytest.raises(DataError, match=words):
         write_shards(Hostile(train=1), "train", tmp_path)
 
 
@@ -413,7 +431,7 @@ def test_damaged_files_are_refused_and_found(split):
     with pytest.raises(DataError, match=r"shard-00001.arrow has SHA-256"):
         verify(split)
     second.unlink()
-    with pytest.raises(DataError, match=r"shard-00001.arrow is missing; remove .* make it again"):
+    with pytest.raises(DataError, match=r"00001.arrow is missing; remove .*00001.arrow and make"):
         open_shards(split)
     with pytest.raises(DataError, match="holds splits, not shards"):
         open_shards(split.parent)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pupilseg.shards.reader import ShardSet, open_shards, verify
+from pupilseg.shards.reader import ShardSet, open_shards
+from pupilseg.shards.verify import verify
 from pupilseg.shards.writer import write_shards
 
 __all__ = ["ShardSet", "open_shards", "verify", "write_shards"]

@@ -8,20 +8,20 @@ import signal
 import threading
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
-from pupilseg import maps
 from pupilseg.errors import DataError
 from pupilseg.files import atomic_path, output_errors, read_json, write_json
 from pupilseg.preprocess import get_preprocessing
+from pupilseg.sample import check_sample
 from pupilseg.shards.columns import ShardColumns
 from pupilseg.shards.format import (
     ALIGNMENT,
-    COLUMNS,
     NAME,
     Encodings,
     arrow_schema,
@@ -31,12 +31,11 @@ from pupilseg.shards.format import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from typing import BinaryIO
 
     from numpy.typing import NDArray
 
-    from pupilseg.sources import Dataset, Sample
+    from pupilseg.sample import Dataset, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +108,22 @@ def build_shard(job: Job, index: int) -> dict[str, Any]:
         OutputError: the shard cannot be written.
     """
     path = job.out_dir / shard_name(index)
-    record_path = job.records_dir / f"{path.stem}.json"
-    record = _finished(path, record_path, job)
+    record = _finished(path, _record_path(job, index), job)
     if record is None:
         columns, skipped = _read_shard(job, index)
         record = {"file": path.name, "rows": len(columns), "skipped": skipped, "about": job.about}
         record |= _write_file(path, columns)
-        write_json(record_path, record)
+        write_record(job, index, record)
     return record
+
+
+def write_record(job: Job, index: int, record: dict[str, Any]) -> None:
+    """Records a finished shard: file, rows, bytes, sha256, encodings, skipped, about."""
+    write_json(_record_path(job, index), record)
+
+
+def _record_path(job: Job, index: int) -> Path:
+    return job.records_dir / f"{Path(shard_name(index)).stem}.json"
 
 
 def _finished(path: Path, record_path: Path, job: Job) -> dict[str, Any] | None:
@@ -176,34 +183,6 @@ def _samples(job: Job, start: int, stop: int) -> Iterator[tuple[int, Sample | Da
                     f"{job.dataset.source} ended at sample {position} of split {job.split!r}, "
                     f"expected {job.about['source_rows']}; download it again"
                 )
-
-
-def check_sample(sample: Sample) -> None:
-    """Checks names, shapes, dtypes and ranges of what a source brought.
-
-    Raises:
-        DataError: what is wrong, with the value and what was expected.
-    """
-    if not isinstance(sample.name, str) or not sample.name:
-        raise DataError(f"name is {sample.name!r}, expected a text that is not empty")
-    image = COLUMNS["image"]
-    if sample.image.shape != image.shape or sample.image.dtype != np.uint8:
-        raise DataError(
-            f"image is {sample.image.dtype} {sample.image.shape}, expected uint8 {image.shape}"
-        )
-    try:
-        maps.check_label(sample.label)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    for column in ("spatial_weights", "dist_map", "ellipse"):
-        value: NDArray[np.float32] | None = getattr(sample, column)
-        if value is None:
-            continue
-        shape = COLUMNS[column].shape
-        if value.shape != shape or value.dtype != np.float32:
-            raise DataError(f"{column} is {value.dtype} {value.shape}, expected float32 {shape}")
-        if not np.isfinite(value).all():
-            raise DataError(f"{column} holds NaN or infinity, expected finite numbers")
 
 
 class _Hashing:

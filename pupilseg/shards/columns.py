@@ -25,7 +25,7 @@ from pupilseg.shards.format import BITS, COLUMNS, RAW, U2, Encodings, Field, sto
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pupilseg.sources import Sample
+    from pupilseg.sample import Sample
 
 
 def _rows(field: Field, count: int) -> NDArray[Any]:

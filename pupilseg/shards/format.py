@@ -1,9 +1,10 @@
 """The on-disk format of shards, version 1: files, columns, encodings, manifest.
 
-`docs/format.md` is the full specification. In short: a split is a directory with `manifest.json`
-and `shard-00000.arrow ...`. A shard is an Arrow IPC *file* (little endian, uncompressed, one record
-batch, no nulls). Every column but `name` is a FixedSizeList of a primitive whose buffer begins at
-a multiple of 64 bytes in the file, so that it is a NumPy view of the mapped file:
+`docs/format.md` is the full specification. In short: a split is a directory with `manifest.json`,
+`SHA256SUMS` and `shard-00000.arrow ...`. A shard is an Arrow IPC *file* (little endian,
+uncompressed, one record batch, no nulls). Every column but `name` is a FixedSizeList of a primitive
+whose buffer begins at a multiple of 64 bytes in the file, so that it is a NumPy view of the mapped
+file:
 
     column           decoded                 encoding  stored fields
     image            uint8 (400, 640)        raw       image uint8[256000]
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 FORMAT = "pupilseg-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+"""Digests of the shards and the manifest, as `sha256sum --check` reads them."""
 ALIGNMENT = 64
 """Bytes: buffers begin at multiples of it, as the Arrow format recommends (a cache line)."""
 PIXELS = HEIGHT * WIDTH
@@ -92,6 +95,12 @@ def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sums_text(manifest: Mapping[str, Any], manifest_digest: str) -> str:
+    """Returns the text of `SHA256SUMS`: a line a file, digest and name, the manifest last."""
+    lines = [f"{entry['sha256']}  {entry['file']}\n" for entry in manifest["files"]]
+    return "".join([*lines, f"{manifest_digest}  {MANIFEST}\n"])
 
 
 def stored_fields(column: str, encoding: str) -> list[Field]:

@@ -17,8 +17,9 @@ _FILE_NAME = re.compile(r"shard-\d{5,}\.arrow")
 
 
 def rebuild(path: Path) -> str:
-    """Returns how to mend a directory that holds a bad file."""
-    return f"remove {path.parent} and make it again with: {MATERIALIZE}"
+    """Returns how to mend a directory that holds a bad file: a shard is made anew alone."""
+    bad = path if path.suffix == ".arrow" else path.parent
+    return f"remove {bad} and make it again with: {MATERIALIZE}"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

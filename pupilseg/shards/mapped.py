@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pupilseg.errors import DataError
+from pupilseg.shards.codec import FrameDecoder, decode_row
 from pupilseg.shards.format import METADATA_KEY, NAME, Encodings, all_fields, arrow_schema
 from pupilseg.shards.manifest import rebuild
 
@@ -41,6 +42,17 @@ class Shard(NamedTuple):
     def row(self, row: int) -> dict[str, NDArray[Any]]:
         """Returns views of one row's stored fields."""
         return {name: field[row] for name, field in self.fields.items()}
+
+    def decode(self, row: int, decoder: FrameDecoder) -> dict[str, NDArray[Any]]:
+        """Returns every column of a row, decoded into new arrays, as `codec.decode_row`.
+
+        Raises:
+            DataError: the stored bytes are damaged; names file, row and mend.
+        """
+        try:
+            return decode_row(self.row(row), self.encodings, decoder)
+        except DataError as error:
+            raise self.damaged(row, error) from error
 
     def damaged(self, row: int, error: DataError) -> DataError:
         """Returns the error of a row that cannot be decoded, with file and mend."""

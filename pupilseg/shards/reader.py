@@ -11,15 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
-from pupilseg.errors import DataError
-from pupilseg.shards.codec import FrameDecoder, decode_row
-from pupilseg.shards.format import (
-    COLUMNS,
-    NAME,
-    RAW,
-    file_digest,
-)
-from pupilseg.shards.manifest import read_manifest, rebuild
+from pupilseg.shards.codec import FrameDecoder
+from pupilseg.shards.format import COLUMNS, NAME, RAW
+from pupilseg.shards.manifest import read_manifest
 from pupilseg.shards.mapped import ColumnView, Shard, map_file, parse
 
 if TYPE_CHECKING:
@@ -120,11 +114,7 @@ class ShardSet:
             DataError: the stored bytes are damaged.
         """
         shard, row = self.locate(index)
-        try:
-            decoded = decode_row(shard.row(row), shard.encodings, FrameDecoder())
-        except DataError as error:
-            raise shard.damaged(row, error) from error
-        return decoded | {NAME: shard.names[row]}
+        return shard.decode(row, FrameDecoder()) | {NAME: shard.names[row]}
 
     def _check_open(self) -> None:
         if not self.shards:
@@ -172,25 +162,3 @@ def open_shards(directory: str | Path) -> ShardSet:
             or with other columns than the manifest says. The message names the file and the mend.
     """
     return ShardSet(Path(directory))
-
-
-def verify(directory: str | Path) -> int:
-    """Reads every byte of a split: digests, then every sample decoded.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        DataError: names the first damaged file.
-    """
-    with open_shards(directory) as shards:
-        for shard, entry in zip(shards.shards, shards.manifest["files"], strict=True):
-            digest = file_digest(shard.path)
-            if digest != entry["sha256"]:
-                raise DataError(
-                    f"{shard.path} has SHA-256 {digest}, expected {entry['sha256']}; "
-                    f"{rebuild(shard.path)}"
-                )
-        for index in range(len(shards)):
-            shards.sample(index)
-        return len(shards)

@@ -7,9 +7,10 @@ its digest lies in `.building/` until the manifest, written last, takes over.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,17 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 import pupilseg
 from pupilseg.errors import DataError, UsageError
-from pupilseg.files import directory_lock, write_json
+from pupilseg.files import directory_lock, json_text, write_text
 from pupilseg.preprocess import NONE, remaining_preprocessing
 from pupilseg.progress import progress_bar
 from pupilseg.shards import build
-from pupilseg.shards.format import COLUMNS, FORMAT, MANIFEST, VERSION, shard_name
+from pupilseg.shards.format import (
+    COLUMNS,
+    FORMAT,
+    MANIFEST,
+    SUMS,
+    VERSION,
+    shard_name,
+    sums_text,
+)
 from pupilseg.shards.manifest import is_complete, read_manifest
+from pupilseg.shards.schedule import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from pupilseg.sources import Dataset
+    from pupilseg.sample import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +109,7 @@ def write_shards(
         raise UsageError(f"workers = {workers}, expected at least 1")
     about, out_dir = job.about, job.out_dir
     with directory_lock(out_dir):
-        done = _existing(out_dir, about)
+        done = _existing(job)
         if done is not None:
             return done
         records = _build_all(job, workers, progress)
@@ -108,7 +118,9 @@ def write_shards(
             raise DataError(f"{dataset.source} has no good sample in split {split!r}")
         for leftover in out_dir.glob(".*.part"):  # of killed workers; the lock is ours
             leftover.unlink(missing_ok=True)
-        write_json(out_dir / MANIFEST, manifest)
+        text = json_text(manifest)
+        write_text(out_dir / SUMS, sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
+        write_text(out_dir / MANIFEST, text)
         shutil.rmtree(out_dir / _BUILDING, ignore_errors=True)
     log.info("%s: %d samples in %d files", out_dir, manifest["rows"], len(manifest["files"]))
     return manifest
@@ -180,17 +192,20 @@ def write_part(job: build.Job, shards: Sequence[int], *, workers: int = 1) -> in
     return sum(record["rows"] for _, record in _results(job, list(shards), workers))
 
 
-def _existing(out_dir: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+def _existing(job: build.Job) -> dict[str, Any] | None:
     """Returns the manifest of a complete directory with just this content; None if not complete.
+
+    Of an incomplete one (a shard was removed) the manifest becomes records again, so that what is
+    left is kept and only what is missing is built.
 
     Raises:
         DataError: the directory holds shards of something else.
     """
-    path = out_dir / MANIFEST
+    out_dir, path = job.out_dir, job.out_dir / MANIFEST
     if not path.exists():
         return None
     manifest = read_manifest(out_dir)
-    for key, wanted in about.items():
+    for key, wanted in job.about.items():
         if key != "code_version" and manifest.get(key) != wanted:
             raise DataError(
                 f"{out_dir} holds shards with {key} = {manifest.get(key)!r}, asked for {wanted!r}; "
@@ -199,7 +214,13 @@ def _existing(out_dir: Path, about: dict[str, Any]) -> dict[str, Any] | None:
             )
     if is_complete(out_dir):
         return manifest
-    path.unlink()  # incomplete after all: what is missing is built
+    about = job.about | {"code_version": manifest.get("code_version")}
+    for index, entry in enumerate(manifest["files"]):
+        rows = range(index * about["rows_per_shard"], (index + 1) * about["rows_per_shard"])
+        skipped = [some for some in manifest["skipped"] if some["index"] in rows]
+        build.write_record(job, index, {**entry, "skipped": skipped, "about": about})
+    path.unlink()
+    (out_dir / SUMS).unlink(missing_ok=True)
     return None
 
 
@@ -233,21 +254,36 @@ def _results(
         for index in shards:
             yield index, build.build_shard(job, index)
         return
-    # spawn: a forked child would inherit locks held by threads of cv2, torch or pyarrow.
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=build.start_worker, initargs=(job,)
-    )
+    # spawn: a forked child would inherit locks held by threads of cv2, torch or pyarrow. A pool a
+    # worker: one pool cannot say which of its processes takes a task.
+    spawn, runs = get_context("spawn"), Runs(shards, workers)
+    pools = [
+        ProcessPoolExecutor(1, spawn, initializer=build.start_worker, initargs=(job,))
+        for _ in range(workers)
+    ]
+    under_way: dict[Future[dict[str, Any]], tuple[int, int]] = {}
+
+    def give(worker: int) -> None:
+        index = runs.next(worker)
+        if index is not None:
+            under_way[pools[worker].submit(build.build_in_worker, index)] = worker, index
+
     try:
-        futures = {pool.submit(build.build_in_worker, index): index for index in shards}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        for worker in range(workers):
+            give(worker)
+        while under_way:
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                worker, index = under_way.pop(future)
+                give(worker)
+                yield index, future.result()
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process ended abruptly, usually for want of memory; what is finished is "
             "kept: run the same command again, with fewer --workers or --rows-per-shard"
         ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _manifest(about: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
