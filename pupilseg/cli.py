@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pupilseg import __version__
+from pupilseg.cli_shards import add_shards_command
+from pupilseg.cli_table import print_table
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.program import positive_int, run
@@ -73,15 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (predict, bench):
         command.add_argument("--threads", type=positive_int, default=1, help="default: %(default)s")
 
-    shards = commands.add_parser("shards", help="look into shards")
-    actions = shards.add_subparsers(required=True, metavar="ACTION")
-    for name, function, text in (
-        ("info", _shards_info, "say what a split holds"),
-        ("verify", _shards_verify, "read every byte of a split and check it"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("dir", type=Path, help="a split, e.g. DIR/train")
-        action.set_defaults(command=function)
+    add_shards_command(commands)
 
     upload = commands.add_parser(
         "upload-run",
@@ -122,7 +115,7 @@ def _info(args: argparse.Namespace) -> int:
         lines = _onnx_lines(args.file)
     else:
         raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .pt or .onnx")
-    _print_table({"file": f"{args.file} ({args.file.stat().st_size:,} bytes)"} | lines)
+    print_table({"file": f"{args.file} ({args.file.stat().st_size:,} bytes)"} | lines)
     return 0
 
 
@@ -174,7 +167,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     _limit_threads(args.threads)
     found = measure(args.file, threads=args.threads, repeats=args.repeats)
-    _print_table(
+    print_table(
         {
             "end to end": f"{found['total_median_ms']:.2f} ms median, "
             f"{found['total_p95_ms']:.2f} ms p95 (preprocessing, network, ellipse; no decoding)",
@@ -185,37 +178,6 @@ def _bench(args: argparse.Namespace) -> int:
             "machine": found["machine"],
         }
     )
-    return 0
-
-
-def _shards_info(args: argparse.Namespace) -> int:
-    """Prints what a manifest says."""
-    from pupilseg.shards import open_shards
-
-    with open_shards(args.dir) as shards:
-        manifest = shards.manifest
-        size = sum(entry["bytes"] for entry in manifest["files"])
-        encodings = {name: shards.encoding(name) or "differs" for name in shards.columns[:-1]}
-        _print_table(
-            {
-                "samples": f"{len(shards):,} in {len(manifest['files'])} files, "
-                f"{size / 1e6:,.1f} MB, {size / len(shards) / 1e6:.2f} MB each",
-                "source": manifest["source"],
-                "split": f"{manifest['split']} ({manifest['split_rule']})",
-                "preprocessing": manifest["preprocessing"],
-                "columns": ", ".join(f"{name} ({how})" for name, how in encodings.items()),
-                "left out": dict(Counter(s["error"] for s in manifest["skipped"])) or "nothing",
-                "written by": f"pupilseg {manifest['code_version']}, format {manifest['version']}",
-            }
-        )
-    return 0
-
-
-def _shards_verify(args: argparse.Namespace) -> int:
-    """Checks digests and decodes every sample."""
-    from pupilseg.shards import verify
-
-    print(f"{args.dir}: {verify(args.dir)} samples, every byte as written")
     return 0
 
 
@@ -239,21 +201,6 @@ def _limit_threads(threads: int) -> None:
     import cv2
 
     cv2.setNumThreads(threads)
-
-
-def _print_table(lines: dict[str, Any]) -> None:
-    """Prints headings and values; a mapping gets a line an entry."""
-    width = max(len(heading) for heading in lines) + 2
-    for heading, value in lines.items():
-        texts = [value]
-        if isinstance(value, dict):
-            texts = [f"{k}: {_short(v)}" for k, v in value.items()] or ["none recorded"]
-        for number, text in enumerate(texts):
-            print(f"{'' if number else heading:<{width}}{text}")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

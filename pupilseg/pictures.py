@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GREEN, RED = (80, 220, 60), (60, 60, 255)
 """Truth and prediction, as OpenCV orders colours: blue, green, red."""
+SUFFIXES = (".png", ".jpg")
+"""Of picture files that are written."""
 MAX_SIDE_PX = 1280
 """Longest side of an overlay; larger frames are shown smaller."""
 _SHIFT = 4
@@ -118,15 +120,21 @@ def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint
         frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     canvas = np.asarray(cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
     if prediction.ellipse is None:
-        _text(canvas, "no pupil")
+        caption(canvas, "no pupil")
     else:
-        _draw_ellipse(canvas, prediction.ellipse, scale)
-        _text(canvas, f"{prediction.confidence:.2f}")
+        draw_ellipse(canvas, prediction.ellipse, scale)
+        caption(canvas, f"{prediction.confidence:.2f}")
     return canvas
 
 
-def _draw_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> None:
-    """Draws outline and centre of an ellipse of the unscaled frame."""
+def draw_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> None:
+    """Draws outline and centre of an ellipse onto a frame that was scaled.
+
+    Args:
+        canvas: uint8 (H, W, 3), BGR; drawn on.
+        ellipse: in pixels of the unscaled frame.
+        scale: of the canvas against that frame.
+    """
 
     def fixed(value: float) -> int:
         return round(value * (1 << _SHIFT))
@@ -141,9 +149,11 @@ def _draw_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> 
     cv2.line(canvas, (x, y - arm), (x, y + arm), **common)
 
 
-def _text(canvas: NDArray[np.uint8], text: str) -> None:
-    """Writes a word in the upper left corner, readable on any ground."""
-    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        cv2.putText(
-            canvas, text, (8, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, thickness, cv2.LINE_AA
-        )
+def caption(canvas: NDArray[np.uint8], text: str, row: int = 0) -> None:
+    """Writes a line of ASCII at the upper left, readable on any ground."""
+    # An outline by moving, since a thicker stroke also spaces the letters wider (OpenCV 5).
+    around = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy]
+    for colour, moves in (((0, 0, 0), around), ((255, 255, 255), [(0, 0)])):
+        for dx, dy in moves:
+            place = (8 + dx, 22 + 26 * row + dy)
+            cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 1, cv2.LINE_AA)

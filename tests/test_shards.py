@@ -12,7 +12,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pyarrow as pa
 import pytest
 from fakes import FakeDataset, random_image
 from hypothesis import example, given, settings
@@ -215,19 +214,6 @@ def test_several_files_behave_as_one(tmp_path):
             with pytest.raises(IndexError):
                 shards.sample(bad)
         assert shards.sample(-1)["name"] == "train/6"
-
-
-def test_other_arrow_programs_open_the_files(tmp_path):
-    dataset = FakeDataset(train=3)
-    write_shards(dataset, "train", tmp_path)
-    path = tmp_path / "shard-00000.arrow"
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-        table.validate(full=True)
-        assert table.column("name").to_pylist() == ["train/0", "train/1", "train/2"]
-        image = table.column("image").chunk(0).values.to_numpy().reshape(3, 400, 640)
-        np.testing.assert_array_equal(image[2], dataset.sample("train", 2).image)
-        del image, table
 
 
 def test_bytes_do_not_depend_on_workers(tmp_path):

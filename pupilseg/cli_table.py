@@ -1,0 +1,20 @@
+"""Headings and values as the commands print them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def print_table(lines: dict[str, Any]) -> None:
+    """Prints headings and values; a mapping gets a line an entry."""
+    width = max(len(heading) for heading in lines) + 2
+    for heading, value in lines.items():
+        texts = [value]
+        if isinstance(value, dict):
+            texts = [f"{k}: {_short(v)}" for k, v in value.items()] or ["none recorded"]
+        for number, text in enumerate(texts):
+            print(f"{'' if number else heading:<{width}}{text}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
