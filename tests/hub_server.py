@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -20,8 +21,10 @@ class Fault:
     """What goes wrong with requests whose method and path match.
 
     `kind` is a status with the Hub's error code ("403 GatedRepo"), "cut" (close half-way through
-    the body), "short" (a whole answer that lacks the end), "alter" (one byte flipped) or "drop"
-    (close without an answer). It happens `times` times.
+    the body), "short" (a whole answer that lacks the end), "alter" (one byte flipped), "drop"
+    (close without an answer), "stall" (half of the body, then silence), "slow" (the body in pieces,
+    over two seconds) or "move" (the branch main is another commit from then on). It happens `times`
+    times.
     """
 
     match: str
@@ -43,6 +46,7 @@ class HubServer:
     token: str | None = None
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    stalled: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -58,6 +62,7 @@ class HubServer:
 
     def stop(self) -> None:
         """Ends the server: from now on its port refuses connections."""
+        self.stalled.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -99,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             return
+        if fault == "move":
+            hub.branches["main"] = next(c for c in hub.commits if c != hub.branches["main"])
         if fault and fault[0].isdigit():
             code, _, name = fault.partition(" ")
             self._send(int(code), b"{}", {"X-Error-Code": name} if name else {})
@@ -165,9 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:-1] + bytes([body[-1] ^ 1])
         if fault == "short":
             body = body[: len(body) // 2]
-        self._send(code, body, headers, cut=fault == "cut")
+        self._send(code, body, headers, fault)
 
-    def _send(self, code: int, body: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
+    def _send(
+        self, code: int, body: bytes, headers: dict[str, str], fault: str | None = None
+    ) -> None:
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -175,6 +184,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-        if cut:
+        if fault == "slow":
+            piece = -(-len(body) // 10)
+            for start in range(0, len(body), piece):
+                self.wfile.write(body[start : start + piece])
+                time.sleep(0.2)
+            return
+        self.wfile.write(body[: len(body) // 2] if fault in ("cut", "stall") else body)
+        if fault == "stall":
+            self.server.hub.stalled.wait()
+        if fault in ("cut", "stall"):
             self.close_connection = True

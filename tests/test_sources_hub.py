@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -203,6 +204,32 @@ def test_cut_connection_resumes_where_it_broke(hub, client):
     assert client.first_image() == int(frame(10)[0].sum())
 
 
+def test_slow_answers_are_waited_for_and_silence_is_not(hub, client):
+    pad(hub)
+    client.env["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
+    hub.faults = [Fault("GET .*/resolve/.*train", "stall", times=1), Fault("GET .*train", "slow")]
+    done = client.download()
+    assert done.returncode == 0, done.stderr
+    ranges = [asked for _, path, asked in hub.requests if "train" in path and asked]
+    assert re.fullmatch(r"bytes=[1-9]\d*-", ranges[0]), "what had arrived is fetched again"
+    assert client.first_image() == int(frame(10)[0].sum())
+
+
+def test_a_hub_that_moves_between_two_requests_gives_one_commit(hub, client, commits):
+    """The listing, the files and their digests are of the commit that was named first."""
+    hub.faults = [Fault("/tree/", "move", times=1)]
+    assert client.download().returncode == 0
+    assert hub.branches["main"] == OLD, "it did move"
+    assert client.manifest()["commit"] == NEW
+    digests = {entry["path"]: entry["sha256"] for entry in client.manifest()["files"]}
+    assert digests == {
+        path: hashlib.sha256(content).hexdigest()
+        for path, content in commits[NEW].items()
+        if path.endswith(".parquet")
+    }
+    assert client.first_image() == int(frame(10)[0].sum())
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -218,11 +245,13 @@ def test_cut_connection_resumes_where_it_broke(hub, client):
         (Fault("GET .*/resolve/.*train", "503"), ["503", "run again"]),
         (Fault("GET .*/resolve/.*train", "short", times=1), ["cut short", "run again"]),
         (Fault("/api/", "drop"), ["cut", "run again"]),
+        (Fault("GET .*/resolve/.*train", "stall"), ["in time|cut", "run again"]),
     ],
     ids=lambda value: value.kind + value.match[-6:] if isinstance(value, Fault) else "",
 )
 def test_fault_is_named_with_its_mend(hub, client, fault, words):
     hub.faults = [fault]
+    client.env["HF_HUB_DOWNLOAD_TIMEOUT"] = "1" if fault.kind == "stall" else "2"
     check_failure(client.download(), REPOSITORY, *words)
     assert not client.out.joinpath("source.json").exists()
     if fault.match == "GET .*/resolve/.*train":
