@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("networks --runs 1", "| efficientvit_tiny | 9,737 | 40.4 M |"),
         ("augment --runs 1 --batch-size 2", "all, default shares"),
+        ("materialize --frames 64 --rounds 1", "| shards, 2 processes |"),
         (
             "training --model efficientvit_tiny --frames 4 --rounds 1 --batch-size 2 --device cpu",
             "outside forward and backward",
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
             "epoch   1: ",
         ),
     ],
-    ids=["networks", "augment", "training", "training to an IoU"],
+    ids=["networks", "augment", "materialize", "training", "training to an IoU"],
 )
 def test_it_runs_and_prints(line, text):
     done = subprocess.run(
