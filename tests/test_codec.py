@@ -93,11 +93,41 @@ def test_weights_of_three_values_are_refused(odd):
     assert codec.pack_values(weights, None) is None
 
 
-def test_damaged_distances_are_found():
-    words, first = codec.pack_squared(maps.squared_distance(random_label(np.random.default_rng(0))))
-    first[7] += 600_000
-    with pytest.raises(DataError, match="squared distances"):
-        codec.FrameDecoder().squared(words, first)
+@pytest.mark.parametrize("start", [0, 256_000, maps.MAX_DISTANCE_SQUARED + 1 - 256_000])
+def test_decoded_distances_equal_the_tables_for_every_integer(start):
+    """Computed in float64, on whatever processor this is."""
+    band, row, column = np.ogrid[: HEIGHT // codec.BAND, : codec.BAND, :WIDTH]
+    squared = start + ((band * WIDTH + column) * codec.BAND + row).reshape(SHAPE)
+    assert len(np.unique(squared)) == 256_000
+    outside, inside = codec.distance_tables()
+    out = np.empty((2, *SHAPE), dtype=np.float32)
+    for pupil in (0, 1):
+        bits = codec.pack_bits(np.full(SHAPE, pupil))
+        codec.FrameDecoder().distances(*codec.pack_squared(squared), bits, out)
+        np.testing.assert_array_equal(bits_of(out[1 - pupil]), bits_of(outside[squared]))
+        np.testing.assert_array_equal(bits_of(out[pupil]), bits_of(inside[squared]))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "message"),
+    [
+        pytest.param(7, None, "begins row 7 with the squared distance", id="first of a row"),
+        pytest.param(20, None, "begins row 0 with the squared distance", id="first of a band"),
+        pytest.param(9, 0, "begins row 9 with the squared distance", id="word of the first pixel"),
+        pytest.param(20, 600, r"squared distances -?\d+..\d+, expected 0..567522", id="word"),
+    ],
+)
+def test_damaged_distances_are_found(row, column, message):
+    mask = np.zeros(SHAPE, dtype=np.uint8)
+    mask[:60, 600:] = 1
+    words, first = codec.pack_squared(maps.squared_distance(mask))
+    if column is None:
+        first[row] += 600_000
+    else:
+        words[row * WIDTH + column] ^= 0x8000
+    out = np.empty((2, *SHAPE), dtype=np.float32)
+    with pytest.raises(DataError, match=message):
+        codec.FrameDecoder().distances(words, first, codec.pack_bits(mask), out)
 
 
 def test_image_is_normalised_as_defined():
