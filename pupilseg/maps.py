@@ -136,6 +136,24 @@ def write_squared_distance(label: NDArray[np.uint8], out: NDArray[np.float32]) -
     np.rint(out, out=out)
 
 
+def write_squared_from_maps(dist_map: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    """Writes the u^2 that distance maps come from, where they follow the definition.
+
+    Of a pixel's two distances the positive one is u / diagonal, rounded to float32; its square is
+    the integer to 0.1, so rounding finds it. Maps of another definition give something else, which
+    comparing with `maps_from_squared` shows.
+
+    Args:
+        dist_map: float32 (2, 400, 640).
+        out: float32 (400, 640).
+    """
+    np.maximum(dist_map[0], dist_map[1], out=out)
+    np.multiply(out, DIAGONAL, out=out)
+    with np.errstate(over="ignore", invalid="ignore"):  # maps of another definition
+        np.multiply(out, out, out=out)
+    np.rint(out, out=out)
+
+
 def signed_tables() -> NDArray[np.float32]:
     """Returns both signs of the normalised distance for every possible u^2.
 

@@ -48,6 +48,14 @@ def test_distances_equal_scipy(label):
 
 @with_edge_cases
 @given(labels)
+def test_the_integers_are_found_in_the_maps(label):
+    squared = np.empty(label.shape, np.float32)
+    maps.write_squared_from_maps(maps.distance_maps(label), squared)
+    np.testing.assert_array_equal(squared, maps.squared_distance(label))
+
+
+@with_edge_cases
+@given(labels)
 def test_maps_are_finite_and_signed(label):
     got = maps.distance_maps(label)
     assert np.isfinite(got).all()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from math import hypot
 from pathlib import Path
 
 import cv2
@@ -107,6 +109,30 @@ def test_a_column_falls_back_to_raw_where_no_encoding_is_exact(tmp_path):
         with pytest.raises(KeyError, match="several encodings"):
             shards["dist_map"]
         assert shards.encoding("dist_map") is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda m: m * np.float32(hypot(399, 639) / hypot(400, 640)), id="diagonal"),
+        pytest.param(lambda m: np.nextafter(m, np.float32(2)), id="last bit"),
+        pytest.param(lambda m: np.where(m == 0, np.float32(-0.0), m), id="sign of zero"),
+        pytest.param(lambda m: m[::-1], id="classes exchanged"),
+        pytest.param(lambda m: m * np.float32(1e25), id="beyond all bounds"),
+        pytest.param(lambda m: -np.abs(m), id="nowhere positive"),
+    ],
+)
+def test_maps_by_another_definition_are_kept_as_they_are(tmp_path, other):
+    class Other(FakeDataset):
+        def sample(self, split, index):
+            sample = FakeDataset.sample(self, split, index)
+            given = maps.distance_maps(sample.label)
+            given = other(given) if index == 1 else given
+            return replace(sample, dist_map=np.ascontiguousarray(given))
+
+    manifest = write_shards(Other(train=3), "train", tmp_path)
+    assert manifest["files"][0]["encodings"]["dist_map"] == {"encoding": "raw"}
+    check_equal(Other(train=3), tmp_path)
 
 
 def test_two_valued_weights_of_the_source_keep_their_value(tmp_path):

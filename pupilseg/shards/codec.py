@@ -86,17 +86,21 @@ def pack_values(
     return (bits, value) if np.array_equal(decoded.view(np.uint32), words) else None
 
 
-def pack_squared(squared: NDArray[np.int32]) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+def pack_squared(
+    squared: NDArray[np.int32 | np.float32],
+) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """Returns u^2 modulo 65,536 and each row's first value.
 
     Args:
-        squared: int32 (400, 640), 0 .. 567,522.
+        squared: int32 or float32 (400, 640) of integers 0 .. 567,522.
 
     Returns:
         uint16 (256000,) and uint32 (400,). Neighbours in a row differ by at most
         2 * 753 + 1 = 1507, so int16 differences of the first restore the row from the second.
     """
-    return squared.astype(np.uint16).reshape(-1), squared[:, 0].astype(np.uint32)
+    # Through int32: what a float beyond uint16 becomes is not defined.
+    words = squared.astype(np.int32, copy=False).astype(np.uint16)
+    return words.reshape(-1), squared[:, 0].astype(np.uint32)
 
 
 def band_rows(words: Any) -> Any:

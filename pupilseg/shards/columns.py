@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pupilseg import maps
+from pupilseg.errors import DataError
 from pupilseg.geometry import ellipse_from_mask, ellipse_vector
 from pupilseg.shards.codec import (
     FrameDecoder,
@@ -60,6 +61,7 @@ class ShardColumns:
         self._dist_raw: NDArray[np.float32] | None = None
         self._decoder = FrameDecoder()
         self._maps = np.empty(COLUMNS["dist_map"].shape, dtype=np.float32)
+        self._exact = np.empty(COLUMNS["label"].shape, dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,11 +99,9 @@ class ShardColumns:
         self._weights_raw[row] = weights.reshape(-1)
 
     def _add_distances(self, row: int, sample: Sample) -> None:
+        if self._dist_raw is None and self._pack_distances(row, sample):
+            return
         if self._dist_raw is None:
-            squared = maps.squared_distance(sample.label)
-            self._squared[row], self._first[row] = pack_squared(squared)
-            if self._decodes_to(row, squared, sample.dist_map):
-                return
             self._dist_raw = _raw_rows("dist_map", self._capacity)
             for done in range(row):
                 self._decode_maps(done, self._dist_raw[done].reshape(self._maps.shape))
@@ -110,18 +110,27 @@ class ShardColumns:
             dist_map = maps.distance_maps(sample.label)
         self._dist_raw[row] = dist_map.reshape(-1)
 
-    def _decodes_to(
-        self, row: int, squared: NDArray[np.int32], dist_map: NDArray[np.float32] | None
-    ) -> bool:
-        """Says whether a packed row gives back the source's maps, or else the integers."""
-        if dist_map is None:
-            # The maps follow from the integers through a table that equals `maps_from_squared` for
-            # every integer (tests/test_codec.py), so comparing those is enough.
+    def _pack_distances(self, row: int, sample: Sample) -> bool:
+        """Packs a row; says whether it decodes to the source's maps, or else to the integers."""
+        squared, given = self._exact, sample.dist_map
+        if given is None:
+            maps.write_squared_distance(np.ascontiguousarray(sample.label), squared)
+        else:
+            maps.write_squared_from_maps(given, squared)
+            if not squared.max() <= maps.MAX_DISTANCE_SQUARED:  # not a number compares as false
+                return False
+        self._squared[row], self._first[row] = pack_squared(squared)
+        try:
+            if given is not None:
+                self._decode_maps(row, self._maps)
+                stored = np.ascontiguousarray(given)
+                return bool(np.array_equal(self._maps.view(np.uint32), stored.view(np.uint32)))
+            # The maps follow from the integers, for each of them as `maps_from_squared` has it
+            # (tests/test_codec.py), so comparing those is enough.
             decoded = self._decoder.squared(self._squared[row], self._first[row])
             return bool(np.array_equal(decoded, squared))
-        self._decode_maps(row, self._maps)
-        given = np.ascontiguousarray(dist_map)
-        return bool(np.array_equal(self._maps.view(np.uint32), given.view(np.uint32)))
+        except DataError:  # maps of another definition, which these integers do not give
+            return False
 
     def _decode_maps(self, row: int, out: NDArray[np.float32]) -> None:
         """Decodes the distance maps of a packed row."""
