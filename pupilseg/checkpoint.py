@@ -229,7 +229,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     """
     card = read_card(path)
     try:
-        model = create_model(card["model"], **_tuples(card["architecture"]))
+        model = create_model(card["model"], **architecture_of(card))
     except (UsageError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} describes a network that this version of pupilseg cannot build ({error}); "
@@ -240,9 +240,10 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     return model.to(device).eval()
 
 
-def _tuples(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns the lists of JSON back into the tuples that the networks take."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in architecture.items()}
+def architecture_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the network's arguments in a card: the lists of JSON are tuples again."""
+    stored = card["architecture"]
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

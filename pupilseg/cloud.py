@@ -27,6 +27,7 @@ from pupilseg.cloud_client import (
     remote_dataset,
     result_of,
     run_name,
+    send_initial,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ TRAIN_FLAGS = _DATA_FLAGS | {
     "gpu": "kinds to try, in this order",
     "output_dir": "gets the checkpoints and the ONNX file",
     "resume": f"go on with a run of the volume {CHECKPOINT_VOLUME}, or bring its files",
+    "init": "start from the weights of a model file (*.pt) of this machine",
     "limit": "use the first N frames of each split",
     "augment": "change the frames at random (default: yes)",
     "compile": "torch.compile (default: yes)",
@@ -138,6 +140,7 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
         data_dir: str = "/",
         output_dir: str = "checkpoints",
         resume: str | None = None,
+        init: str | None = None,
         limit: int | None = None,
         augment: bool = True,
         compile: bool = True,
@@ -152,6 +155,8 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
             run = run_name(model, resume, checkpoint_volume, CHECKPOINT_VOLUME)
             result = result_of(checkpoint_volume, run)
             if result is None:
+                if init is not None:
+                    send_initial(checkpoint_volume, run, Path(init))
                 print(f"run {run} on {gpu}; to go on if it is cut off: --resume {run}", flush=True)
                 if not present(data_volume, f"{data[1]}/shards/validation/manifest.json"):
                     checked(prepare.remote(model, flags, *data))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 """Written last into a run's folder: what the run came to, and its files."""
+INITIAL = "initial.pt"
+"""In a run's folder: the model file whose weights it starts from."""
 _RUN = re.compile(r"\w[\w.-]*")
 
 
@@ -129,6 +131,18 @@ def run_name(model: str, resume: str | None, volume: modal.Volume, volume_name: 
     if resume.partition("-")[0] != model:
         raise UsageError(f"run {resume} is not one of {model}; give one that begins with {model}-")
     return resume
+
+
+def send_initial(volume: modal.Volume, run: str, path: Path) -> None:
+    """Copies a model file into a run's folder, for the run to start from.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if not path.is_file():
+        raise UsageError(f"--init {path}: there is no such file; give a model file (*.pt)")
+    with volume.batch_upload(force=True) as batch:
+        batch.put_file(path, f"/{run}/{INITIAL}")
 
 
 def result_of(volume: modal.Volume, run: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pupilseg.checkpoint import CHECKPOINT_NAMES, read_card
-from pupilseg.cloud_client import RESULT
+from pupilseg.cloud_client import INITIAL, RESULT
 from pupilseg.errors import DataError, PupilSegError, UsageError
 from pupilseg.export import export_onnx
 from pupilseg.files import output_errors, read_json, write_json
@@ -200,7 +200,7 @@ def train(
         data: to train on.
         model: name in `pupilseg.models`.
         flags: of `add_train_arguments`.
-        run_dir: gets the files of a training run, the ONNX file and `RESULT`.
+        run_dir: gets the files of a training run, the ONNX file and `RESULT`; may hold `INITIAL`.
         tell: prints a line; called after an epoch's files are written.
 
     Returns:
@@ -220,6 +220,8 @@ def train(
     if state.is_file():
         log.info("going on with %s", run_dir.name)
         args.resume = str(state)
+    if (run_dir / INITIAL).is_file():
+        args.init = run_dir / INITIAL
     with TemporaryDirectory(prefix="shards-") as local:
         code = train_as_asked(
             args, model, run_dir, lambda: copy_shards(find_shards(data), Path(local)), tell
@@ -239,7 +241,7 @@ def train(
         "files": sorted(
             path.name
             for path in run_dir.iterdir()
-            if path.is_file() and not path.name.startswith(".")
+            if path.is_file() and not path.name.startswith(".") and path.name != INITIAL
         ),
     }
     write_json(result_file, result)

@@ -122,6 +122,7 @@ def fit(
     device: torch.device,
     card: Mapping[str, Any],
     ranks: Ranks = ALONE,
+    initial: Path | None = None,
     resume: Path | None = None,
     notes: Mapping[str, str] | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -138,6 +139,7 @@ def fit(
         device: from `pupilseg.device.find_device`.
         card: what the model files say of the data: preprocessing, source, licence.
         ranks: the processes of the job; the first one writes.
+        initial: a model file whose weights the run starts from.
         resume: a `*_training_state.pt` to go on from.
         notes: kept in the training state as they are.
         on_epoch: called with each epoch's row, and train_seconds and valid_seconds.
@@ -145,7 +147,7 @@ def fit(
         stop: asked after each epoch; true ends the run there, with everything written.
 
     Raises:
-        CheckpointError: `resume` does not fit this run.
+        CheckpointError: `initial` or `resume` does not fit this run.
         KeyboardInterrupt: interrupted before there was anything to go on from.
         OutputError: the output cannot be written.
         ParallelError: another rank ended.
@@ -157,7 +159,7 @@ def fit(
             f"{len(train_loader)} training and {len(valid_loader)} validation batches of "
             f"{config.batch_size}: give more frames or a smaller --batch-size"
         )
-    run = Run(config, device, len(train_loader) * config.epochs, card, ranks, notes)
+    run = Run(config, device, len(train_loader) * config.epochs, card, ranks, notes, initial)
     files = RunFiles(run, output_dir, on_epoch, on_file)
     if resume is not None:
         files.take_up(run.restore(resume))

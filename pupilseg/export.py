@@ -164,12 +164,13 @@ def metadata_of(card: dict[str, Any], task: str, name: str) -> dict[str, str]:
                 f"{name} does not say its {key!r}, which its ONNX form must carry; give a file "
                 "that `python -m pipeline.train` wrote"
             )
+    before = card.get("init_data")
     return {
         "model": card["model"],
         "task": task,
         "version": __version__,
         "preprocessing": card["preprocessing"],
-        "data": card["data"],
+        "data": f"{before}, then {card['data']}" if before else card["data"],
         "metrics": json.dumps(card.get("metrics", {})),
         "licence": card["licence"],
         "input": f"uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalised inside",

@@ -65,13 +65,17 @@ class Run:
         card: Mapping[str, Any],
         ranks: Ranks = ALONE,
         notes: Mapping[str, str] | None = None,
+        initial: Path | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.total_steps = config, device, total_steps
         self.card, self.ranks, self.notes = dict(card), ranks, dict(notes or {})
         segments = model_entry(config.model).task == "segmentation"
         self.criterion = segmentation_loss if segments else ellipse_loss
-        self.model = synchronise_norms(self._network(), ranks, device)
+        network = self._network()
+        if initial is not None:
+            load_weights(network, load_tensors(initial), initial)
+        self.model = synchronise_norms(network, ranks, device)
         # Walking through the modules takes 0.2 ms, and a step wants them twice.
         self.parameters = list(self.model.parameters())
         self.evaluated = self._network()

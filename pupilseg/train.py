@@ -18,6 +18,12 @@ import torch
 from pupilseg import tracking
 from pupilseg.checkpoint import CHECKPOINT_NAMES
 from pupilseg.engine import fit
+from pupilseg.initial import (
+    DATA_LICENCE,
+    RENDERED_LICENCE,
+    initial_architecture,
+    initial_card,
+)
 from pupilseg.loader import make_loader
 from pupilseg.models import create_model, model_entry
 from pupilseg.parallel import ALONE
@@ -37,10 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RENDERED_LICENCE = "MIT; trained on rendered eyes only"
 RUN_NOTE = "mlflow_run"
 """Name of the MLflow run's id in the training state."""
-DATA_LICENCE = "bound by the licence of its training data; OpenEDS is for research only"
 
 
 def train(
@@ -50,6 +54,7 @@ def train(
     *,
     device: torch.device,
     ranks: Ranks = ALONE,
+    initial: Path | None = None,
     resume: Path | None = None,
     limit: int | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -63,6 +68,7 @@ def train(
         output_dir: gets the checkpoints and `{model}_history.csv`.
         device: where to train.
         ranks: the processes of the job, from `parallel.join_ranks`.
+        initial: a model file whose weights and architecture the run starts from.
         resume: a training state to go on from.
         limit: use the first `limit` frames of each split only.
         on_epoch: called with each epoch's row.
@@ -71,6 +77,9 @@ def train(
     Raises:
         PupilSegError: as `open_shards`, `tracking.start` and `fit`.
     """
+    if initial is not None:
+        architecture = initial_architecture(initial, config.model)
+        config = dataclasses.replace(config, architecture=architecture)
     share = ranks.share_of(config.batch_size)
     loader = partial(
         make_loader,
@@ -94,6 +103,8 @@ def train(
         }
         _announce(config, device, ranks, frames, train_shards.manifest)
         card = data_card(train_shards.manifest, frames["train"])
+        if initial is not None:
+            card |= initial_card(initial, card)
         notes = {} if resume is None else notes_of(resume)
         tracker = _start_tracking(config, card, output_dir, notes) if ranks.first else Tracker()
 
@@ -112,6 +123,7 @@ def train(
                 device=device,
                 card=card,
                 ranks=ranks,
+                initial=initial,
                 resume=resume,
                 notes=notes,
                 on_epoch=report,

@@ -20,6 +20,7 @@ from pupilseg.config import (
 from pupilseg.device import find_device
 from pupilseg.errors import UsageError
 from pupilseg.history import epoch_line
+from pupilseg.initial import initial_architecture
 from pupilseg.parallel import join_ranks
 from pupilseg.program import finishing, positive_int, whole_number
 from pupilseg.shards import open_shards
@@ -59,6 +60,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--init", type=Path, metavar="FILE", help="start from the weights of a model file (*.pt)"
     )
     parser.add_argument(
         "--resume",
@@ -158,6 +162,8 @@ def train_as_asked(
         PupilSegError: whatever keeps the run from starting, or from going on.
     """
     config_from(args, model)
+    if args.init is not None:
+        initial_architecture(args.init, model)
     resume = resume_file(args, model, output_dir)
     with join_ranks(find_device(args.device)) as (ranks, device):
         if args.batch_size is not None:
@@ -175,6 +181,7 @@ def train_as_asked(
                 output_dir,
                 device=device,
                 ranks=ranks,
+                initial=args.init,
                 resume=resume,
                 limit=args.limit,
                 on_epoch=lambda row: tell(epoch_line(row, args.epochs)),

@@ -5,6 +5,7 @@ this machine, where `modal_offline.py` is at hand.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -22,6 +23,7 @@ import pytest
 import yaml
 
 from pupilseg import cloud, cloud_client, cloud_jobs
+from pupilseg.checkpoint import read_card
 from pupilseg.errors import DataError, UsageError
 from pupilseg.prepare import write_splits
 from pupilseg.sources import download
@@ -117,7 +119,7 @@ def flags_of(script):
 def test_the_command_line_is_typed(load):
     expected = {
         **dict.fromkeys(("epochs", "batch_size", "seed", "limit"), (int | None, None)),
-        **dict.fromkeys(("dataset", "resume", "secret"), (str | None, None)),
+        **dict.fromkeys(("dataset", "init", "resume", "secret"), (str | None, None)),
         **dict.fromkeys(("augment", "compile"), (bool, True)),
         "lr": (float | None, None),
         "gpu": (str, "L40S,A100,H100"),
@@ -416,6 +418,19 @@ def test_a_lost_container_is_followed_by_one_that_goes_on(clone, tmp_path):
     assert json.loads(summary.read_text())["calls"] == []
     brought = (tmp_path / "again" / "best_ellipse_model.pt").read_bytes()
     assert brought == (tmp_path / "best_ellipse_model.pt").read_bytes()
+
+    # A further run starts from its weights, which travel there.
+    start = ("modal", "run", "training/train_ellipse.py", "--dataset", SOURCE, "--limit", "4")
+    start += ("--batch-size", "4", "--epochs", "1", "--output-dir", str(tmp_path / "tuned"))
+    start += ("--init", str(tmp_path / "best_ellipse_model.pt"))
+    done = subprocess.run(
+        **offline(clone, summary, "--execute", *volumes, "--", *start),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    card = read_card(tmp_path / "tuned" / "best_ellipse_model.pt")
+    assert card["init"].endswith(hashlib.sha256(brought).hexdigest())
+    assert not (tmp_path / "tuned" / "initial.pt").exists()
 
 
 @pytest.mark.integration
