@@ -1,9 +1,9 @@
-"""`torch.compile` in place, tried before the run starts, given up with one warning."""
+"""`torch.compile`, given up with one warning where no compiler works."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -14,7 +14,45 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 MODE = "max-autotune"
+
+
+# Dynamo's and Inductor's errors are RuntimeErrors, a missing C compiler is one of Triton's.
+_NO_COMPILER = (RuntimeError, OSError)
+
+
+class Compiled(Generic[Parameters, Result]):
+    """A function compiled at its first call; called as it is where no compiler works.
+
+    Args:
+        function: to compile. A fault of its own is raised by the call of the plain form.
+        name: what the one warning says is slower without a compiler.
+    """
+
+    def __init__(self, function: Callable[Parameters, Result], name: str) -> None:
+        self._plain, self._name = function, name
+        self._compiled: Callable[Parameters, Result] | None = None
+        self._given_up = False
+
+    def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        """Calls the function."""
+        if not self._given_up:
+            try:
+                if self._compiled is None:
+                    self._compiled = torch.compile(self._plain)
+                return self._compiled(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except _NO_COMPILER as error:
+                self._given_up = True
+                log.warning(
+                    "%s is not compiled, which makes it slower: %s; install a C compiler",
+                    self._name,
+                    str(error).strip().splitlines()[0],
+                )
+        return self._plain(*args, **kwargs)
 
 
 def compile_network(
@@ -47,9 +85,8 @@ def compile_network(
         objective(output).backward()
     except torch.OutOfMemoryError:
         raise
-    # Dynamo's and Inductor's errors are RuntimeErrors, a missing C compiler is one of Triton's.
     # A fault of the network itself is raised again by the first step.
-    except (RuntimeError, OSError) as error:
+    except _NO_COMPILER as error:
         model._compiled_call_impl = None  # the only way back from nn.Module.compile
         log.warning(
             "not compiled, which trains slower: %s; install a C compiler, or give --no-compile",

@@ -13,6 +13,8 @@ from pupilseg.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from torch import Tensor
+
 
 def find_device(name: str | torch.device | None) -> torch.device:
     """Returns the device of a name; None takes CUDA where there is one, else the CPU.
@@ -38,6 +40,13 @@ def find_device(name: str | torch.device | None) -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise UsageError(f"device {name!r} is not supported; expected cpu, cuda, cuda:N or mps")
     return device
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy of a CPU tensor on a device, on CUDA without waiting for it."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 @contextmanager

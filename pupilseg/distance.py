@@ -7,15 +7,12 @@ values that the host would have to see, so that all of it compiles and none of i
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pupilseg.geometry import RADIUS_UNIT
 from pupilseg.maps import CANNY_THRESHOLDS, DILATION_KERNEL, EDGE_WEIGHT, MAX_DISTANCE_SQUARED
-from pupilseg.shards.codec import distance_tables
 
 FAR = 1 << 14
 """Rows, more than any frame has; its square exceeds every u^2 in a frame and fits int32."""
@@ -28,28 +25,12 @@ assert CANNY_THRESHOLDS[1] < 255, "any step of a 0/255 image must be a strong ed
 assert DILATION_KERNEL.shape == (2, 1), "the dilation below is that of a 2 x 1 column"
 
 
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy of a CPU tensor on a device, on CUDA without waiting for it."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
 def unless(condition: Tensor, values: Tensor, number: float) -> Tensor:
     """Returns the values, and a number where the condition holds.
 
     `torch.where` copies a number to CUDA, and waits for the copy; this does not.
     """
     return values.masked_fill(condition, number)
-
-
-@cache
-def distance_table(device: torch.device) -> Tensor:
-    """Returns `maps.signed_tables()` in one row on a device, float32 (1135046,).
-
-    Made once a device; the tables are formed on the CPU, since not every device has float64.
-    """
-    return on_device(torch.from_numpy(distance_tables().copy()).reshape(-1), device)
 
 
 def squared_distance(label: Tensor) -> Tensor:
@@ -95,22 +76,6 @@ def _least_in_row(column: Tensor, pupil: Tensor) -> Tensor:
     same_class = pupil[:, :, None] == pupil[:, None, :]
     least = (unless(~same_class, column[:, None, :], 0) + across).amin(dim=2)
     return least.clamp(max=MAX_DISTANCE_SQUARED)
-
-
-def signed_maps(squared: Tensor, label: Tensor, table: Tensor) -> Tensor:
-    """Returns both signed distance maps, as `maps.maps_from_squared`, to the bit.
-
-    Args:
-        squared: int32 (N, H, W), from `squared_distance`.
-        label: (N, H, W), the label that they are of.
-        table: `distance_table` of the device.
-
-    Returns:
-        float32 (N, 2, H, W).
-    """
-    inside = (label != 0).int() * (MAX_DISTANCE_SQUARED + 1)
-    outside = (MAX_DISTANCE_SQUARED + 1) - inside
-    return table[torch.stack([squared + outside, squared + inside], dim=1)]
 
 
 def spatial_weights(label: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ the consumer's stream waits for that copy, decodes, and records when it is done 
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from pupilseg.prefetch import Stopped, prefetch
-from pupilseg.shards.codec import FrameDecoder
-from pupilseg.shards.decode import BatchDecoder, gather, layout_of
+from pupilseg.feeds import ReadAhead
+from pupilseg.prefetch import prefetch
+from pupilseg.row_threads import RowThreads
+from pupilseg.shards.decode import BatchDecoder, gather_row, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 _SLOTS = 3
 """One being gathered, one being copied, one being decoded."""
-_ROWS_A_CHECK = 8
 
 
 class StreamFeed:
@@ -42,6 +43,8 @@ class StreamFeed:
         batch_size: rows of a slot.
         label_dtype: of the labels.
         device: a CUDA device.
+        threads: that gather.
+        compiled_rows: as `BatchDecoder`.
     """
 
     name = "stream"
@@ -53,11 +56,15 @@ class StreamFeed:
         batch_size: int,
         label_dtype: torch.dtype,
         device: torch.device,
+        *,
+        threads: int,
+        compiled_rows: int,
     ) -> None:
         self._shards, self._device = shards, device
         self._layout = layout_of(shards, columns)
-        self._decode = BatchDecoder(self._layout, device, label_dtype)
-        self._scratch = FrameDecoder()
+        self._decode = BatchDecoder(self._layout, device, label_dtype, compiled_rows)
+        self._threads = RowThreads(max(1, threads))
+        self._read_ahead = ReadAhead(shards, self._layout)
         cpu = torch.device("cpu")
         # Made once: a stream an epoch would keep the memory of dead streams (timm#2784).
         self._stream = torch.cuda.Stream(device)
@@ -70,27 +77,23 @@ class StreamFeed:
 
     def batches(self, plan: Plan) -> Generator[dict[str, Tensor]]:
         """Yields the batches; nothing here waits for the device."""
-        with closing(prefetch(self._fill, plan, _SLOTS)) as filled:
+        with self._threads, closing(prefetch(self._fill, plan, _SLOTS)) as filled:
             for slot, rows in filled:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(self._copied[slot])
                 batch = self._decode({k: t[:rows] for k, t in self._packed[slot].items()})
-                if "ellipse" in batch:  # the only column that is a view of the slot
-                    batch["ellipse"] = batch["ellipse"].clone()
                 self._consumed[slot].record(current)
                 yield batch
+        self._read_ahead.end_of_pass()
 
     def _fill(self, slot: int, indices: NDArray[np.int64], stop: Event) -> tuple[int, int]:
         """Gathers a batch into the slot's pinned memory and starts its copy. In the thread."""
         # The host may not touch pinned memory that an earlier copy still reads.
         self._copied[slot].synchronize()
         pinned, packed = self._pinned[slot], self._packed[slot]
-        for start in range(0, len(indices), _ROWS_A_CHECK):
-            if stop.is_set():
-                raise Stopped
-            part = {name: tensor[start:] for name, tensor in pinned.items()}
-            rows = indices[start : start + _ROWS_A_CHECK]
-            gather(self._layout, self._shards, rows.tolist(), part, self._scratch)
+        self._read_ahead(indices)
+        work = partial(gather_row, self._layout, self._shards, indices, pinned)
+        self._threads.run(work, len(indices), stop)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(self._consumed[slot])
             for name, tensor in packed.items():

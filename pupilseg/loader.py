@@ -7,13 +7,16 @@
                 for batch in loader:
                     ...
 
-On the CPU a batch lives in reused buffers: it is overwritten once `ring - 1` more batches have been
-drawn, so whatever must outlive its step is cloned. On CUDA batches are new tensors.
+On the CPU a batch lives in a ring of reused buffers: it is valid until `ring - 1` more batches have
+been drawn and until the loader is closed, so whatever must outlive its step is cloned. On CUDA
+batches are new tensors, valid as long as they are held.
+
+A loader belongs to the process that iterates it. Workers get the `ShardSet`, which pickles and
+survives a fork, and make loaders of their own; `state_dict` carries a position.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from contextlib import closing
@@ -25,8 +28,8 @@ import torch
 
 from pupilseg.device import find_device
 from pupilseg.errors import UsageError
-from pupilseg.feeds import CpuFeed, Feed, ResidentFeed
-from pupilseg.shards.decode import DECODED, layout_of
+from pupilseg.feed_choice import MODES, make_feed
+from pupilseg.shards.decode import DECODED
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -35,11 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from pupilseg.feeds import Feed
     from pupilseg.shards.reader import ShardSet
-
-log = logging.getLogger(__name__)
-
-MODES = ("auto", "resident", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class Loader:
     Attributes:
         mode: how batches are made: "mapping", "resident" or "stream".
         wait_s: seconds that the consumer has waited for batches since the loader was made.
+        work_s: seconds that it has had batches in hand, between drawing one and the next.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Loader:
         world_size: int,
     ) -> None:
         self.mode = feed.name
-        self.wait_s = 0.0
+        self.wait_s = self.work_s = 0.0
         self._feed, self._device, self._drop_last = feed, device, drop_last
         self._samples, self._batch_size = samples, batch_size
         self._shuffle, self._seed = shuffle, seed
@@ -122,6 +123,11 @@ class Loader:
     def epoch(self) -> int:
         """The epoch that the next iteration is, or that the present one is."""
         return self._epoch
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the consumer's time that it waited for batches, 0 .. 1; 0 before the first."""
+        return self.wait_s / (self.wait_s + self.work_s or 1.0)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration that epoch, from its start.
@@ -159,9 +165,11 @@ class Loader:
                 index = torch.from_numpy(indices).to(self._device, non_blocking=True)
                 columns = {name: tensors.get(name, empty) for name in DECODED}
                 self._position += 1
-                self.wait_s += time.perf_counter() - started
+                drawn = time.perf_counter()
+                self.wait_s += drawn - started
                 yield Batch(**columns, index=index)
                 started = time.perf_counter()
+                self.work_s += started - drawn
         self._epoch, self._position = self._epoch + 1, 0
 
     def _end_running(self) -> None:
@@ -237,7 +245,8 @@ def make_loader(
     columns: tuple[str, ...] = DECODED,
     label_dtype: torch.dtype = torch.int64,
     ring: int = 2,
-    threaded: bool = True,
+    threads: int | None = None,
+    compiled: bool = True,
 ) -> Loader:
     """Makes a loader over open shards.
 
@@ -258,7 +267,9 @@ def make_loader(
         columns: to decode; the others are empty tensors.
         label_dtype: torch.uint8 spares 7 of 8 bytes of the labels.
         ring: CPU buffers of a batch each; at least 2.
-        threaded: on the CPU, decode one batch ahead in a thread.
+        threads: that decode (on CUDA: that gather packed rows), one batch ahead; as many as torch
+            may use, but at most 4, where none are named. With 0 the CPU decodes when asked.
+        compiled: on CUDA, decode full batches in one fused pass of `torch.compile`.
 
     Raises:
         UsageError: an argument that makes no sense, or a device that is not there.
@@ -275,27 +286,26 @@ def make_loader(
         or ring < 2
         or not 0 <= rank < world_size
         or (limit is not None and limit < 1)
+        or (threads is not None and threads < 0)
     ):
         raise UsageError(
             f"batch_size = {batch_size}, ring = {ring}, rank = {rank}, world_size = {world_size}, "
-            f"limit = {limit}: expected at least 1, at least 2, rank in 0..world_size - 1, and "
-            "at least 1"
+            f"limit = {limit}, threads = {threads}: expected at least 1, at least 2, rank in "
+            "0..world_size - 1, at least 1, and at least 0"
         )
     samples = min(len(shards), limit or len(shards))
-    rows = min(batch_size, samples)
-    feed: Feed
-    if mode == "auto" and device.type == "cuda":
-        mode = _choose_mode(shards, columns, samples, device)
-    if mode == "resident":
-        feed = ResidentFeed(shards, columns, samples, label_dtype, device)
-    elif device.type == "cuda":
-        from pupilseg.feed_stream import StreamFeed
-
-        feed = StreamFeed(shards, columns, rows, label_dtype, device)
-    else:
-        feed = CpuFeed(
-            shards, columns, rows, label_dtype, ring=ring, threaded=threaded, device=device
-        )
+    feed = make_feed(
+        mode,
+        shards,
+        columns,
+        samples,
+        min(batch_size, samples),
+        label_dtype,
+        device,
+        ring=ring,
+        threads=threads,
+        compiled=compiled,
+    )
     return Loader(
         feed,
         samples=samples,
@@ -307,16 +317,3 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
-
-
-def _choose_mode(
-    shards: ShardSet, columns: tuple[str, ...], samples: int, device: torch.device
-) -> str:
-    """Returns "resident" where the packed columns fit in half of the free device memory."""
-    needed = samples * layout_of(shards, columns).row_bytes
-    free, _ = torch.cuda.mem_get_info(device)
-    mode = "resident" if needed <= free // 2 else "stream"
-    log.info(
-        "loader: %s (%.2f GB packed, %.2f GB free on %s)", mode, needed / 1e9, free / 1e9, device
-    )
-    return mode

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, TypeVar
+
+from pupilseg.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -15,6 +18,7 @@ log = logging.getLogger(__name__)
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+THREAD_NAME = "pupilseg-loader"
 _JOIN_SECONDS = 10.0
 
 
@@ -39,6 +43,7 @@ def prefetch(
         The results.
 
     Raises:
+        UsageError: drawn from in a process that was forked off meanwhile, which has no thread.
         BaseException: what `fill` raised, with the thread's traceback; nothing follows it.
     """
     free: SimpleQueue[int | None] = SimpleQueue()
@@ -57,11 +62,13 @@ def prefetch(
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             ready.put(error)
 
-    thread = Thread(target=produce, name="pupilseg-loader", daemon=True)
+    thread = Thread(target=produce, name=THREAD_NAME, daemon=True)
     thread.start()
     held: deque[int] = deque()
+    process = os.getpid()
     try:
         for _ in work:
+            _check_process(process)
             if len(held) == slots - 1:
                 free.put(held.popleft())
             outcome = ready.get()
@@ -77,3 +84,12 @@ def prefetch(
         thread.join(_JOIN_SECONDS)
         if thread.is_alive():
             log.warning("the loader's thread still reads after %.0f s; it is left", _JOIN_SECONDS)
+
+
+def _check_process(process: int) -> None:
+    """Raises UsageError in another process than the one given: it would wait for ever."""
+    if os.getpid() != process:
+        raise UsageError(
+            f"these batches are prepared by a thread of process {process}, which process "
+            f"{os.getpid()} was forked from; start a new iteration after the fork"
+        )

@@ -11,12 +11,12 @@ from pupilseg.augment import AugmentConfig, augment
 from pupilseg.augment.dense import augment_dense
 from pupilseg.augment.host import augment_on_host
 from pupilseg.augment.plan import RAYS, Plan, make_plan, noise_field
-from pupilseg.distance import distance_table
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, RADIUS_UNIT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
 from pupilseg.loader import Batch
 from pupilseg.maps import distance_maps, spatial_weights
 from pupilseg.parallel import Ranks
+from pupilseg.shards.decode import distance_table
 
 CPU = torch.device("cpu")
 STILL = AugmentConfig(

@@ -9,14 +9,9 @@ from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
 
 from pupilseg import maps
-from pupilseg.distance import (
-    distance_table,
-    ellipse_vectors,
-    signed_maps,
-    spatial_weights,
-    squared_distance,
-)
+from pupilseg.distance import ellipse_vectors, spatial_weights, squared_distance
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
+from pupilseg.shards.decode import distance_table, signed_maps
 
 CPU = torch.device("cpu")
 

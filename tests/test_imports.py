@@ -16,10 +16,10 @@ OPTIONAL = (
 HEAVY = ("torch", "cv2", "pyarrow", "scipy", *OPTIONAL)
 LAYERS = {
     0: "errors geometry",
-    1: "maps files preprocess synthetic device program parallel progress allocator",
+    1: "maps files preprocess synthetic device program parallel progress allocator compilation",
     2: "sample sources",
-    3: "shards prefetch",
-    4: "prepare feeds feed_stream loader distance augment models metrics",
+    3: "shards prefetch row_threads",
+    4: "prepare feeds feed_stream feed_choice loader distance augment models metrics",
     5: "losses checkpoint optim",
 }
 """Lower modules never import higher ones; a module not named here is above all of these."""

@@ -1,6 +1,7 @@
 """Loader: right numbers in every mode, each index once in a known order, clean ends."""
 
 import threading
+import time
 import traceback
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pupilseg.errors import DataError, UsageError
 from pupilseg.loader import Batch, Loader, epoch_order, make_loader
+from pupilseg.prefetch import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
 
 SAMPLES = 11
@@ -47,7 +49,13 @@ def few(tmp_path_factory):
 
 
 def loader_threads():
-    return [t for t in threading.enumerate() if t.name == "pupilseg-loader"]
+    """Those alive after a moment in which idle ones may end."""
+    deadline = time.monotonic() + 5
+    while True:
+        alive = [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.001)
 
 
 def indices(loader):
@@ -82,7 +90,7 @@ def check_values(shards, batch, device="cpu"):
 
 @pytest.mark.parametrize(
     "options",
-    [{"threaded": True}, {"threaded": False}, {"mode": "resident"}, {"ring": 3}],
+    [{"threads": 1}, {"threads": 0}, {"threads": 3}, {"mode": "resident"}, {"ring": 3}],
     ids=str,
 )
 def test_batches_hold_what_the_shards_hold(shards, options):
@@ -360,9 +368,9 @@ def test_a_damaged_row_raises_in_the_consumer(tmp_path):
     data = bytearray(path.read_bytes())
     data[offset + 1600 + 2] = 0xFF  # second row of the file: u^2 of 16 million
     path.write_bytes(data)
-    for threaded in (True, False):
+    for threads in (0, 1, 3):
         with open_shards(tmp_path) as shards:
-            loader = make_loader(shards, batch_size=1, threaded=threaded)
+            loader = make_loader(shards, batch_size=1, threads=threads)
             drawn = []
             with pytest.raises(DataError, match=r"shard-00001.arrow, row 1: dist_map") as caught:
                 drawn += [batch.index.item() for batch in loader]
@@ -384,7 +392,7 @@ def test_many_loaders_leave_no_thread(few):
 
 
 def test_waiting_is_counted(few):
-    with make_loader(few, batch_size=4, threaded=False) as loader:
+    with make_loader(few, batch_size=4, threads=0) as loader:
         list(loader)
         assert 0 < loader.wait_s < 60
 

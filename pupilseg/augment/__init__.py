@@ -9,7 +9,6 @@ is a function of its seed.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import fields, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -20,8 +19,9 @@ from pupilseg.augment.config import AugmentConfig
 from pupilseg.augment.dense import augment_dense
 from pupilseg.augment.host import augment_on_host
 from pupilseg.augment.plan import check_columns, make_plan, noise_field
-from pupilseg.distance import distance_table
+from pupilseg.compilation import Compiled
 from pupilseg.parallel import ALONE
+from pupilseg.shards.decode import distance_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     Dense = Callable[[Batch, Plan, AugmentConfig, Tensor, Tensor], Batch]
 
 __all__ = ["AugmentConfig", "augment"]
-
-log = logging.getLogger(__name__)
 
 
 def augment(
@@ -72,21 +70,8 @@ def augment(
         plan = make_plan(batch, config, generator, ranks)
         if device.type == "cpu":
             return augment_on_host(batch, plan, config)
-        tables = distance_table(device), noise_field(device)
-        if device.type == "cuda" and compiled and not _given_up:
-            try:
-                return _compiled()(batch, plan, config, *tables)
-            except torch.OutOfMemoryError:
-                raise
-            # Dynamo's and Inductor's errors are RuntimeErrors. A fault of the work itself is
-            # raised again below.
-            except (RuntimeError, OSError) as error:
-                _given_up.append(str(error))
-                log.warning(
-                    "augmentation is not compiled, which makes it slower: %s; install a C compiler",
-                    str(error).strip().splitlines()[0],
-                )
-        return augment_dense(batch, plan, config, *tables)
+        form = _compiled() if device.type == "cuda" and compiled else augment_dense
+        return form(batch, plan, config, distance_table(device), noise_field(device))
 
 
 def _moved(batch: Batch, device: torch.device | str) -> Batch:
@@ -94,12 +79,7 @@ def _moved(batch: Batch, device: torch.device | str) -> Batch:
     return replace(batch, **{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})
 
 
-_given_up: list[str] = []
-"""Why compiling failed in this process, if it did; it is not tried again."""
-
-
 @cache
 def _compiled() -> Dense:
     """Returns the compiled `augment_dense`, made when first wanted."""
-    form: Dense = torch.compile(augment_dense)
-    return form
+    return Compiled(augment_dense, "augmentation")

@@ -14,13 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from pupilseg.augment.plan import BLUR_RADIUS, PIXELS, RAYS
-from pupilseg.distance import (
-    ellipse_vectors,
-    signed_maps,
-    spatial_weights,
-    squared_distance,
-)
+from pupilseg.distance import ellipse_vectors, spatial_weights, squared_distance
 from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.shards.decode import signed_maps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +38,7 @@ def augment_dense(
         batch: on any device; not written to.
         plan: on the same device.
         config: says which parts are on; strengths are in the plan.
-        table: `distance.distance_table` of the device.
+        table: `shards.decode.distance_table` of the device.
         field: `plan.noise_field` of the device.
     """
     if config.flip:

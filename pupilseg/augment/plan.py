@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pupilseg.distance import ellipse_vectors, on_device, unless
+from pupilseg.device import on_device
+from pupilseg.distance import ellipse_vectors, unless
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, RADIUS_UNIT, WIDTH
 from pupilseg.parallel import ALONE
