@@ -1,8 +1,13 @@
 """Loader: right numbers in every mode, each index once in a known order, clean ends."""
 
+import gc
+import mmap
+import multiprocessing
 import threading
 import time
 import traceback
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +16,15 @@ from fakes import FakeDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.loader import device_speeds
+from pupilseg import feed_choice, feeds
 from pupilseg.errors import DataError, UsageError
 from pupilseg.loader import Batch, Loader, epoch_order, make_loader
 from pupilseg.prefetch import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
+from pupilseg.shards.decode import DECODED, layout_of
+from pupilseg.shards.format import stored_fields
+from pupilseg.shards.mapped import Shard
 
 SAMPLES = 11
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -381,20 +391,220 @@ def test_a_damaged_row_raises_in_the_consumer(tmp_path):
     assert not loader_threads()
 
 
-def test_many_loaders_leave_no_thread(few):
-    for _ in range(50):
-        with make_loader(few, batch_size=4) as loader:
-            next(iter(loader))
-    abandoned = make_loader(few, batch_size=4)
-    next(iter(abandoned))
-    del abandoned
+@settings(max_examples=60, deadline=None)
+@given(
+    batch_size=st.integers(1, 5),
+    world_size=st.integers(1, 3),
+    limit=st.none() | st.integers(1, SAMPLES + 2),
+    drop_last=st.booleans(),
+    mode=st.sampled_from(["auto", "resident"]),
+    threads=st.integers(0, 3),
+    stop=st.integers(0, 6),
+)
+def test_real_loaders_draw_what_they_plan_and_go_on(
+    few, batch_size, world_size, limit, drop_last, mode, threads, stop
+):
+    """Through the feeds, of the smallest column; what is drawn belongs to the index beside it."""
+    samples = min(SAMPLES, limit or SAMPLES)
+    seen = []
+    for rank in range(world_size):
+        options = {
+            "batch_size": batch_size, "shuffle": True, "seed": 5, "drop_last": drop_last,
+            "mode": mode, "limit": limit, "rank": rank, "world_size": world_size,
+            "threads": threads, "columns": ("ellipse",),
+        }  # fmt: skip
+        drawn = []
+        with make_loader(few, **options) as loader:
+            iterator = iter(loader)
+            for batch in islice(iterator, stop):
+                np.testing.assert_array_equal(batch.ellipse, few["ellipse"][batch.index.numpy()])
+                drawn.append(batch.index.tolist())
+            state = loader.state_dict()
+        with make_loader(few, **options) as loader:
+            loader.load_state_dict(state)
+            for batch in loader if loader.epoch == 0 else ():
+                np.testing.assert_array_equal(batch.ellipse, few["ellipse"][batch.index.numpy()])
+                drawn.append(batch.index.tolist())
+            loader.set_epoch(0)
+            assert drawn == [batch.tolist() for batch in loader.plan()]
+        assert all(len(batch) == batch_size for batch in drawn[: None if drop_last else -1])
+        seen += [index for batch in drawn for index in batch]
+    assert len(seen) == len(set(seen))
+    assert set(seen) <= set(range(samples))
+    if not drop_last:
+        assert len(seen) == samples
+
+
+def indices_in_worker(shards, queue):
+    """Draws an epoch in another process; sends its indices, and a number of the last batch."""
+    with make_loader(shards, batch_size=4, shuffle=True, threads=2) as loader:
+        drawn = [(batch.index.tolist(), batch.dist_map.sum().item()) for batch in loader]
+    queue.put(drawn)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_shards_go_to_other_processes(few, method):
+    with make_loader(few, batch_size=4, shuffle=True, threads=2) as loader:
+        wanted = [(batch.index.tolist(), batch.dist_map.sum().item()) for batch in loader]
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    worker = context.Process(target=indices_in_worker, args=(few, queue))
+    worker.start()
+    assert queue.get(timeout=120) == wanted
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def go_on_in_worker(loader, iterator, queue):
+    try:
+        next(iterator)
+    except UsageError as error:
+        queue.put(str(error))
+    queue.put(indices(loader))
+
+
+def test_an_iteration_does_not_go_on_in_a_fork_and_a_new_one_does(few):
+    """The thread that prepares batches is not there: drawing would wait for ever."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with make_loader(few, batch_size=4, threads=2) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        worker = context.Process(target=go_on_in_worker, args=(loader, iterator, queue))
+        worker.start()
+        assert "start a new iteration after the fork" in queue.get(timeout=60)
+        assert queue.get(timeout=60) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+        worker.join()
+        assert worker.exitcode == 0
+        assert len(list(iterator)) == 2, "this process goes on"
+
+
+def held():
+    """Returns descriptors, mappings of shards and bytes of memory that this process holds."""
+    gc.collect()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    shards = sum("shard-" in line for line in lines)
+    return len(list(Path("/proc/self/fd").iterdir())), shards, pages * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("mode", ["auto", "resident"])
+def test_closing_200_times_leaks_nothing(few, mode):
+    """Ended, left in the middle, never started, and dropped without closing, in turn."""
+    before = None
+    for turn in range(200):
+        shards = open_shards(few.directory)
+        loader = make_loader(shards, batch_size=2, columns=("image",), mode=mode, threads=2)
+        if turn % 4 != 2:
+            for _ in islice(loader, 2 + 20 * (turn % 4 == 0)):
+                pass
+        if turn % 4 != 3:
+            loader.close()
+        del loader
+        shards.close()
+        if turn == 20:
+            before = held()
     assert not loader_threads()
+    descriptors, mappings, memory = held()
+    assert (descriptors, mappings) == before[:2]
+    assert memory < before[2] + (64 << 20), "a ring of 4 MB buffers a loader would be 700 MB"
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_closing_200_times_leaks_nothing_on_the_device(few, mode):
+    found = []
+    for turn in range(201):
+        with make_loader(few, batch_size=2, device="cuda", mode=mode, compiled=False) as loader:
+            next(iter(loader))
+        del loader
+        if turn in (20, 200):
+            torch.cuda.synchronize()
+            gc.collect()
+            pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+            found.append((torch.cuda.memory_allocated(), pinned, held()[:2], loader_threads()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_speeds_on_the_device(few):
+    """The aims; needs a quiet machine."""
+    found = device_speeds(few, batch_size=8, batches=200)
+    assert found["resident"] > 0.5 * found["device copy"]
+    assert found["stream"] > 0.8 * found["pinned copy"]
+
+
+def test_mode_and_reason_are_in_the_log(few, caplog):
+    caplog.set_level("INFO", "pupilseg")
+    for mode, text in {
+        "auto": "loader: mapping (0.01 GB packed, decoded on the CPU for cpu)",
+        "resident": "loader: resident (as asked, 0.01 GB packed on cpu)",
+    }.items():
+        make_loader(few, batch_size=2, mode=mode).close()
+        assert caplog.messages[-1] == text
+
+
+@pytest.mark.parametrize(
+    ("needed", "mode", "text"),
+    [
+        (4e9, "resident", "resident (4.00 GB packed, at most half of the 8.00 GB free on cuda:0)"),
+        (4.1e9, "stream", "stream (4.10 GB packed, more than half of the 8.00 GB free on cuda:0)"),
+    ],
+)
+def test_auto_on_a_device(needed, mode, text, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(8e9), int(80e9)))
+    caplog.set_level("INFO", "pupilseg")
+    assert feed_choice._choose_mode("auto", int(needed), torch.device("cuda:0")) == mode
+    assert caplog.messages == [f"loader: {text}"]
+
+
+def test_the_format_page_counts_the_bytes(few):
+    """Of the usual form, in each mode."""
+    layout = layout_of(few, DECODED)
+    with make_loader(few, batch_size=1) as loader:
+        batch = next(iter(loader))
+        full = sum(getattr(batch, name).nbytes for name in DECODED)
+    stored = sum(few[field.name].nbytes // SAMPLES for field in stored_of(few))
+    packed = layout.row_bytes
+    assert packed == stored + 4, "the value of the weights"
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text().split("## Loader")[1]
+    for row in (
+        f"| `mapping` (CPU) | {stored:,} | {full:,} | - | - | - |",
+        f"| `stream` | {stored:,} | {packed:,} | {packed:,} | {packed:,} | {full:,} |",
+        f"| `resident` | - | 8 | 8 | {packed:,} | {full:,} |",
+    ):
+        assert row in page
+
+
+def stored_of(shards):
+    """Returns the fields of the columns that a batch has."""
+    encodings = shards.shards[0].encodings
+    return [f for name in DECODED for f in stored_fields(name, encodings[name]["encoding"])]
+
+
+def test_rows_are_read_ahead_in_the_first_pass_and_later_where_memory_is_short(few, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Shard, "read_ahead", lambda _self, row, _fields: asked.append(row))
+    for memory, passes in ((1 << 40, 1), (1 << 10, 3)):
+        monkeypatch.setattr(feeds, "_host_memory", lambda memory=memory: memory)
+        with make_loader(few, batch_size=4) as loader:
+            asked.clear()
+            for _ in range(3):
+                list(loader)
+        assert sorted(asked) == sorted(passes * list(range(SAMPLES)))
 
 
 def test_waiting_is_counted(few):
     with make_loader(few, batch_size=4, threads=0) as loader:
-        list(loader)
+        assert loader.wait_share == 0
+        for _ in loader:
+            time.sleep(0.02)
         assert 0 < loader.wait_s < 60
+        assert 0.06 <= loader.work_s < 60
+        assert loader.wait_share == loader.wait_s / (loader.wait_s + loader.work_s)
 
 
 def test_batch_is_public():
