@@ -72,6 +72,8 @@ class StreamFeed:
         self._packed = [self._layout.empty(batch_size, device) for _ in range(_SLOTS)]
         self._copied = [torch.cuda.Event() for _ in range(_SLOTS)]
         self._consumed = [torch.cuda.Event() for _ in range(_SLOTS)]
+        if compiled_rows:  # now, so that no batch waits for it; any bytes decode to something
+            self._decode(self._packed[0])
         # The slots' memory may still be in use by earlier work of the stream that allocated it.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -235,6 +235,8 @@ class ResidentFeed:
                 readers.run(partial(gather_row, layout, shards, indices, staging), len(indices))
                 for name, tensor in self._packed.items():
                     tensor[indices.start : indices.stop].copy_(staging[name][: len(indices)])
+        if compiled_rows:  # now, so that no batch waits for it
+            self._decode(self._packed, torch.zeros(compiled_rows, dtype=torch.int64, device=device))
 
     def batches(self, plan: Plan) -> Generator[dict[str, Tensor]]:
         """Yields the batches."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pupilseg.config import FitResult, TrainConfig
+    from pupilseg.loader import Loader
     from pupilseg.parallel import Ranks
     from pupilseg.shards.reader import ShardSet
 
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 RUN_NOTE = "mlflow_run"
 """Name of the MLflow run's id in the training state."""
+WAIT_SHARE = 0.05
+"""Share of the steps' time from which waiting for data is worth a hint."""
 
 
 def train(
@@ -90,6 +93,7 @@ def train(
         label_dtype=torch.uint8,  # every use converts it; int64 would be 8 times the bytes
         rank=ranks.rank,
         world_size=ranks.world_size,
+        compiled=config.compile,
     )
     with (
         open_shards(shards_dir / "train") as train_shards,
@@ -130,6 +134,7 @@ def train(
                 on_file=partial(tracker.log_artifact, folder="checkpoints"),
                 stop=stop,
             )
+            _say_waiting(train_loader)
             if tracker.run_id is not None:
                 _log_outcome(tracker, config, result, output_dir, valid_shards)
             status = "KILLED" if result.interrupted else "FINISHED"
@@ -160,6 +165,16 @@ def _start_tracking(
     if tracker.run_id is not None:
         notes[RUN_NOTE] = tracker.run_id
     return tracker
+
+
+def _say_waiting(loader: Loader) -> None:
+    """Says what share of the training steps the network waited for data."""
+    share = loader.wait_share
+    log.info(
+        "waited for data %.1f %% of the training steps%s",
+        100 * share,
+        "; python -m benchmarks.loader measures the loader alone" if share > WAIT_SHARE else "",
+    )
 
 
 def _log_outcome(

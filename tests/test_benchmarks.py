@@ -24,8 +24,12 @@ ROOT = Path(__file__).parents[1]
             "training --model ellipse --frames 4 --batch-size 2 --device cpu --to-iou 0",
             "epoch   1: ",
         ),
+        (
+            "loader --samples 2 --batch-size 2 --rounds 1 --workers 0",
+            "| pupilseg, 1 thread, one batch ahead |",
+        ),
     ],
-    ids=["networks", "augment", "materialize", "training", "training to an IoU"],
+    ids=["networks", "augment", "materialize", "training", "training to an IoU", "loader"],
 )
 def test_it_runs_and_prints(line, text):
     done = subprocess.run(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def test_the_first_run_makes_the_data_and_says_what_it_does(rendered):
     assert read_card(best)["config"] == configuration
     assert configuration["epochs"] == 2
     assert done.stderr.count("not tracked: ") == 1
+    assert re.search(r"^waited for data \d+\.\d % of the training steps", done.stderr, re.MULTILINE)
     assert done.stdout.count("\nepoch ") + done.stdout.startswith("epoch ") == 2
     assert f"best: {best} (mIoU " in done.stdout
 
