@@ -38,6 +38,7 @@ bench: $(READY) ## measure; prints tables with machine and versions
 	python -m benchmarks.augment
 	python -m benchmarks.materialize
 	python -m benchmarks.training
+	python -m benchmarks.loader
 
 lint: $(READY) ## put formatting and imports in order
 	ruff check --fix .

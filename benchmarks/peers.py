@@ -1,0 +1,204 @@
+"""Other ways to feed the same full batches: each stores the samples in its own form and reads them.
+
+A peer is a function that stores samples in a folder and returns what makes loaders over them. One
+that is not installed raises ImportError.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pupilseg.geometry import HEIGHT, WIDTH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Samples = Iterable[dict[str, NDArray[Any]]]
+    MakeLoader = Callable[[int, int], Iterable[tuple[Tensor, ...]]]
+    """Maps (batch size, worker processes) to an iterable of full batches, one pass an epoch."""
+
+SHAPES = {
+    "image": (np.uint8, (HEIGHT, WIDTH)),
+    "label": (np.uint8, (HEIGHT, WIDTH)),
+    "spatial_weights": (np.float32, (HEIGHT, WIDTH)),
+    "dist_map": (np.float32, (2, HEIGHT, WIDTH)),
+}
+
+
+def ready(sample: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Returns a sample as training takes it: image normalised, label int64, float32 maps."""
+    image, label, weights, maps = (torch.as_tensor(sample[name]) for name in SHAPES)
+    return image.float().div_(255).sub_(0.5).div_(0.5)[None], label.long(), weights, maps
+
+
+def _data_loader(
+    dataset: Any, batch_size: int, workers: int, kind: Any = DataLoader, **options: Any
+) -> Any:
+    return kind(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        **options,
+    )
+
+
+class Rows(Dataset[tuple[Any, ...]]):
+    """Rows of anything that has a length and takes an index."""
+
+    def __init__(self, rows: Any, read: Callable[[Any], dict[str, Any]]) -> None:
+        self._rows, self._read = rows, read
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return ready(self._read(self._rows[index]))
+
+
+def _from_lists(row: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Reads a row of Python lists, as the earlier project does."""
+    return {n: np.array(row[n], dtype=d).reshape(shape) for n, (d, shape) in SHAPES.items()}
+
+
+def _from_tensors(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: row[n].reshape(shape) for n, (_, shape) in SHAPES.items()}
+
+
+def _parquet(samples: Samples, folder: Path) -> Any:
+    """Returns a `datasets.Dataset` of parquet rows with list columns."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    datasets.disable_progress_bars()
+    path = folder / "rows.parquet"
+    writer = None
+    for sample in samples:
+        columns = [
+            pa.array([sample[name].reshape(-1)], pa.list_(pa.from_numpy_dtype(dtype)))
+            for name, (dtype, _) in SHAPES.items()
+        ]
+        table = pa.table(dict(zip(SHAPES, columns, strict=True)))
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+    return datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", cache_dir=str(folder / "cache")
+    )
+
+
+def earlier(samples: Samples, folder: Path) -> MakeLoader:
+    """The earlier project's way: parquet rows as lists, `np.array(...).reshape`."""
+    rows = Rows(_parquet(samples, folder), _from_lists)
+    return partial(_data_loader, rows, shuffle=True)
+
+
+def datasets_torch(samples: Samples, folder: Path) -> MakeLoader:
+    """The same rows, `with_format("torch")`."""
+    rows = Rows(_parquet(samples, folder).with_format("torch"), _from_tensors)
+    return partial(_data_loader, rows, shuffle=True)
+
+
+def memmap(samples: Samples, folder: Path) -> MakeLoader:
+    """A `np.memmap` a column."""
+    samples = list(samples)
+    arrays = {}
+    for name, (dtype, shape) in SHAPES.items():
+        path = folder / f"{name}.npy"
+        array = np.lib.format.open_memmap(path, "w+", dtype, (len(samples), *shape))
+        for row, sample in enumerate(samples):
+            array[row] = sample[name]
+        # Opened as privately writeable: torch warns of read-only memory.
+        arrays[name] = np.load(path, mmap_mode="c")
+    rows = Rows(range(len(samples)), lambda row: {n: a[row].copy() for n, a in arrays.items()})
+    return partial(_data_loader, rows, shuffle=True)
+
+
+def litdata(samples: Samples, folder: Path) -> MakeLoader:
+    """Chunks of litdata."""
+    import litdata
+
+    stored = list(samples)
+    chunks = folder / "chunks"
+    litdata.optimize(
+        partial(_numbered, stored),
+        list(range(len(stored))),
+        str(chunks),
+        chunk_bytes="64MB",
+        num_workers=1,
+        start_method="fork",
+        verbose=False,
+    )
+    rows = litdata.StreamingDataset(str(chunks), shuffle=True, transform=ready)
+    return partial(_data_loader, rows, kind=litdata.StreamingDataLoader)
+
+
+def _numbered(stored: list[dict[str, NDArray[Any]]], index: int) -> dict[str, NDArray[Any]]:
+    return stored[index]
+
+
+def mosaic(samples: Samples, folder: Path) -> MakeLoader:
+    """Shards of mosaicml-streaming."""
+    import streaming
+
+    shards = str(folder / "mds")
+    columns = {
+        name: f"ndarray:{np.dtype(dtype).name}:{','.join(map(str, shape))}"
+        for name, (dtype, shape) in SHAPES.items()
+    }
+    with streaming.MDSWriter(out=shards, columns=columns) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+    class Local(streaming.StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            return ready({name: array.copy() for name, array in super().__getitem__(at).items()})
+
+    streaming.base.util.clean_stale_shared_memory()
+
+    def make(batch_size: int, workers: int) -> Any:
+        rows = Local(local=shards, shuffle=True, batch_size=batch_size)
+        return _data_loader(rows, batch_size, workers)
+
+    return make
+
+
+def webdataset(samples: Samples, folder: Path) -> MakeLoader:
+    """A tar file a 64 samples, shuffled in a buffer, as WebDataset is meant to be used."""
+    import webdataset as wds
+
+    with wds.ShardWriter(str(folder / "eyes-%05d.tar"), maxcount=64, verbose=0) as writer:
+        for row, sample in enumerate(samples):
+            writer.write({"__key__": f"{row:06}", **{f"{n}.npy": sample[n] for n in SHAPES}})
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+
+    def make(batch_size: int, workers: int) -> Any:
+        rows = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(64)
+        return _data_loader(rows.decode().map(_unnamed), batch_size, workers)
+
+    return make
+
+
+def _unnamed(row: dict[str, Any]) -> tuple[Tensor, ...]:
+    return ready({name: row[f"{name}.npy"] for name in SHAPES})
+
+
+PEERS: dict[str, Callable[[Samples, Path], MakeLoader]] = {
+    "earlier project's way (`datasets` rows as lists)": earlier,
+    '`datasets`, `with_format("torch")`': datasets_torch,
+    "`np.memmap`": memmap,
+    "litdata": litdata,
+    "mosaicml-streaming": mosaic,
+    "webdataset": webdataset,
+}

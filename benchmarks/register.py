@@ -1,0 +1,145 @@
+"""Whether a CUDA device may read the file mapping itself, and what that brings over pinned slots.
+
+python -m benchmarks.register DIR/train [--batch-size 64] [--batches 50]
+
+Tries `cudaHostRegister` on the first file's mapping: read-only as the loader has it, with and
+without the flag for read-only memory, and as a private copy-on-write mapping. What registers is
+timed: packed rows copied to the device straight from the mapping, against gathering them into a
+pinned slot and copying that, in turn. The stream feed keeps its pinned slots unless this says
+otherwise; llama.cpp gave registered mappings up (ggml-org/llama.cpp#6206).
+
+A program of its own, because a failed registration leaves an error that the next CUDA call of the
+process reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benchmarks.machine import machine_line
+from pupilseg.device import find_device
+from pupilseg.errors import UsageError
+from pupilseg.program import positive_int, run
+from pupilseg.row_threads import RowThreads
+from pupilseg.shards import open_shards
+from pupilseg.shards.decode import DECODED, WEIGHT_VALUE, gather_row, layout_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pupilseg.shards.reader import ShardSet
+
+READ_ONLY = 0x08
+"""`cudaHostRegisterReadOnly`: needed for memory that the process itself may not write to."""
+TRIALS = [
+    ("read-only mapping, no flag", mmap.ACCESS_READ, 0),
+    ("read-only mapping, cudaHostRegisterReadOnly", mmap.ACCESS_READ, READ_ONLY),
+    ("copy-on-write mapping, no flag", mmap.ACCESS_COPY, 0),
+]
+
+
+def best_seconds(work: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Returns the least time of each piece of work, done in turn, the device waited for."""
+    found = dict.fromkeys(work, float("inf"))
+    for _ in range(rounds):
+        for name, call in work.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            found[name] = min(found[name], time.perf_counter() - started)
+    return found
+
+
+def compare(shards: ShardSet, mapping: mmap.mmap, batch_size: int, batches: int) -> str:
+    """Returns the speeds of both ways for rows of the first file, as text."""
+    device = torch.device("cuda")
+    layout, shard = layout_of(shards, DECODED), shards.shards[0]
+    fields = [field for field in layout.fields if field.name != WEIGHT_VALUE]
+    count = len(shard.names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of read-only memory; it is only read
+        host = {
+            field.name: torch.frombuffer(
+                mapping,
+                dtype=getattr(torch, field.dtype),
+                count=count * field.width,
+                offset=shard.offsets[field.name],
+            ).view(count, field.width)
+            for field in fields
+        }
+    slot = layout.empty(batch_size, torch.device("cpu"), pinned=True)
+    there = layout.empty(batch_size, device)
+    order = np.random.default_rng(0).integers(0, count, (batches, batch_size))
+
+    def straight() -> None:
+        for rows in order.tolist():
+            for place, row in enumerate(rows):
+                for name, column in host.items():
+                    there[name][place].copy_(column[row], non_blocking=True)
+
+    with RowThreads(4) as threads:
+
+        def gathered() -> None:
+            for rows in order:
+                threads.run(partial(gather_row, layout, shards, rows, slot), batch_size)
+                for name, tensor in there.items():
+                    tensor.copy_(slot[name], non_blocking=True)
+                torch.cuda.synchronize()  # one slot: it may not be written to while it is read
+
+        seconds = best_seconds({"straight": straight, "gathered": gathered})
+    moved = batches * batch_size * layout.row_bytes
+    return ", ".join(f"{name} {moved / took / 1e9:.1f} GB/s" for name, took in seconds.items())
+
+
+def trial(shards: ShardSet, access: int, flag: int, args: argparse.Namespace) -> str:
+    """Registers the first file's mapping, measures, and gives it back; returns what came of it."""
+    with shards.shards[0].path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=access)  # never empty: that is an error
+    address = np.frombuffer(mapping, np.uint8).ctypes.data
+    cudart = torch.cuda.cudart()
+    started = time.perf_counter()
+    code = int(cudart.cudaHostRegister(address, len(mapping), flag))
+    took = time.perf_counter() - started
+    if code:
+        return f"refused with error {code}"
+    try:
+        speeds = compare(shards, mapping, args.batch_size, args.batches)
+        return f"registered {len(mapping) / 1e6:.0f} MB in {took:.3f} s; {speeds}"
+    finally:
+        torch.cuda.synchronize()
+        cudart.cudaHostUnregister(address)
+
+
+def main() -> None:
+    """Parses the command line and tries each way."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.register", description=__doc__)
+    parser.add_argument("shards", type=Path, help="a split, e.g. DIR/train")
+    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--batches", type=positive_int, default=50)
+    args = parser.parse_args()
+    device = find_device("cuda")
+    torch.cuda.init()
+    print(machine_line("torch", "numpy"))
+    print(torch.cuda.get_device_name(device))
+    with open_shards(args.shards) as shards:
+        if not shards.shards[0].names:
+            raise UsageError(f"{shards.shards[0].path} has no rows; give another split")
+        for name, access, flag in TRIALS:
+            try:
+                print(f"{name}: {trial(shards, access, flag, args)}")
+            except RuntimeError as error:  # also the error that a refusal left behind
+                print(f"{name}: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    run(main)
