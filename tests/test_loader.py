@@ -179,6 +179,7 @@ def test_buffers_are_reused_and_live_as_documented(few):
             for batch in loader:
                 pointers.add(batch.dist_map.data_ptr())
                 kept.append((batch, batch.dist_map.clone(), batch.image.clone()))
+                time.sleep(0.01)  # lets the threads run as far ahead as they may
                 for old, dist_map, image in kept[-(ring - 1) :]:
                     assert torch.equal(old.dist_map, dist_map)
                     assert torch.equal(old.image, image)
