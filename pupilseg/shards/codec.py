@@ -177,8 +177,8 @@ class FrameDecoder:
     ) -> None:
         """Writes both signed distance maps, float32 (2, 400, 640), from u^2 and the label.
 
-        Computed in float64 and rounded once, not looked up: two lookups a pixel take twice as
-        long. Of all 567,523 possible u^2 each comes out as in `distance_tables` (tested).
+        Computed in float64 and rounded once: lookups take 1.6 times as long (docs/benchmarks.md).
+        Each of the 567,523 possible u^2 comes out as in `distance_tables` (tested).
 
         Raises:
             DataError: as `squared`, or a value that no distance has.
