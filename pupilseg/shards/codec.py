@@ -177,7 +177,7 @@ class FrameDecoder:
     ) -> None:
         """Writes both signed distance maps, float32 (2, 400, 640), from u^2 and the label.
 
-        Computed in float64 and rounded once: lookups take 1.6 times as long (docs/benchmarks.md).
+        Computed in float64 and rounded once: with lookups it takes longer (docs/benchmarks.md).
         Each of the 567,523 possible u^2 comes out as in `distance_tables` (tested).
 
         Raises:
