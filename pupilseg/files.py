@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pupilseg.errors import DataError, LockedError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +78,17 @@ def _names(error: OSError, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary sibling to write to; it becomes `path` only if the block succeeds.
 
     The parent directory is made. At the end of the block the file and then the directory are
     flushed to the disk around the rename. If the block raises, nothing is left and an older
     `path` stays as it was.
+
+    Args:
+        path: what is to be written.
+        flush: wait for the disk. Without, a loss of power may leave damage under `path`: for files
+            whose digest is checked before they count, or that are given to `flush_files` later.
 
     Raises:
         OutputError: the disk is full or read-only, or `path` may not be written.
@@ -97,12 +102,30 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         )
         try:
             yield temporary
-            _sync(temporary)
+            if flush:
+                _sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        if flush:
+            _sync(path.parent)
+
+
+def flush_files(paths: Iterable[Path]) -> None:
+    """Flushes files of one directory to the disk, then the directory.
+
+    Raises:
+        OutputError: as `atomic_path`.
+    """
+    parents = set()
+    for path in paths:
+        with output_errors(path):
+            _sync(path)
+        parents.add(path.parent)
+    for parent in parents:
+        with output_errors(parent):
+            _sync(parent)
 
 
 def _sync(path: Path) -> None:

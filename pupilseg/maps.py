@@ -127,11 +127,14 @@ def write_squared_distance(label: NDArray[np.uint8], out: NDArray[np.float32]) -
     if inner.size == 0 or (inner.size == label.size and inner.all()):
         out.fill(MAX_DISTANCE_SQUARED)
         return
+    ipp = cv2.ipp.useIPP()  # a setting of this thread
+    cv2.ipp.setUseIPP(False)  # OpenCV's own form takes 1.9 ms, Intel's 2.3 (AMD EPYC, one thread)
     cv2.distanceTransform(1 - label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE, dst=out)
     # Each transform is zero on the other class, so their sum is u everywhere. The background
     # nearest to a pixel of the pupil is never beyond the ring around the box: moved onto the ring
     # along one axis or both, it would be nearer.
     out[near] += cv2.distanceTransform(inner, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    cv2.ipp.setUseIPP(ipp)
     np.multiply(out, out, out=out)
     np.rint(out, out=out)
 

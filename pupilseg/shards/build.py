@@ -205,7 +205,13 @@ class _Hashing:
 def _write_file(path: Path, columns: ShardColumns) -> dict[str, Any]:
     """Writes a shard file; returns its size, digest and encodings."""
     encodings = columns.encodings()
-    with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
+    # Not flushed: whoever goes on after a loss of power checks its digest, and the writer flushes
+    # all before the manifest. Waiting for the disk here takes 0.4 ms a frame.
+    with (
+        atomic_path(path, flush=False) as temporary,
+        output_errors(path),
+        temporary.open("wb") as file,
+    ):
         sink = _Hashing(file)
         write_ipc(sink, columns.stored(), columns.names, encodings)
         size = file.tell()

@@ -125,8 +125,8 @@ class ShardColumns:
                 self._decode_maps(row, self._maps)
                 stored = np.ascontiguousarray(given)
                 return bool(np.array_equal(self._maps.view(np.uint32), stored.view(np.uint32)))
-            # The maps follow from the integers, for each of them as `maps_from_squared` has it
-            # (tests/test_codec.py), so comparing those is enough.
+            # Of each integer the decoder makes what `maps_from_squared` does (tests/test_codec.py),
+            # so comparing those is enough.
             decoded = self._decoder.squared(self._squared[row], self._first[row])
             return bool(np.array_equal(decoded, squared))
         except DataError:  # maps of another definition, which these integers do not give

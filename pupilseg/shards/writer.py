@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pupilseg
 from pupilseg.errors import DataError, UsageError
-from pupilseg.files import directory_lock, json_text, write_text
+from pupilseg.files import directory_lock, flush_files, json_text, write_text
 from pupilseg.preprocess import NONE, remaining_preprocessing
 from pupilseg.progress import progress_bar
 from pupilseg.shards import build
@@ -118,6 +118,7 @@ def write_shards(
             raise DataError(f"{dataset.source} has no good sample in split {split!r}")
         for leftover in out_dir.glob(".*.part"):  # of killed workers; the lock is ours
             leftover.unlink(missing_ok=True)
+        flush_files(out_dir / record["file"] for record in records)
         text = json_text(manifest)
         write_text(out_dir / SUMS, sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
         write_text(out_dir / MANIFEST, text)
