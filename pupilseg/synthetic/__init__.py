@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse
-from pupilseg.synthetic.anatomy import sample_eye
-from pupilseg.synthetic.camera import blur, expose, tone
+from pupilseg.synthetic.anatomy import Eye, sample_eye
+from pupilseg.synthetic.camera import blur, crop_to_bars, expose, tone
 from pupilseg.synthetic.eyeball import draw_eyeball
 from pupilseg.synthetic.hair import draw_hair
 from pupilseg.synthetic.optics import (
@@ -31,9 +31,9 @@ from pupilseg.synthetic.skin import draw_skin
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["RENDERER_VERSION", "Rendered", "render"]
+__all__ = ["RENDERER_VERSION", "Rendered", "eye_of", "render"]
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Raised by every change that alters a rendered byte. Manifests of rendered data record it, so that
 shards made by another version are known to be stale and frames are only compared within one."""
 SPECTACLES_SHARE = 1 / 7
@@ -50,12 +50,16 @@ class Rendered(NamedTuple):
         pupil: the full pupil in px, also where a lid hides it; None for a closed eye. The drawn
             edge is ragged around it.
         iris: the full iris in px; None for a closed eye.
+        traits: what chance put into the frame, sorted: the camera's treatment ("raw", "clahe",
+            "equalised" or "curve") and any of "closed", "spectacles", "border", "rings",
+            "corners", "mascara", "bars".
     """
 
     image: NDArray[np.uint8]
     classes: NDArray[np.uint8]
     pupil: Ellipse | None
     iris: Ellipse | None
+    traits: tuple[str, ...]
 
 
 def render(index: int, seed: int = 0) -> Rendered:
@@ -71,11 +75,9 @@ def render(index: int, seed: int = 0) -> Rendered:
     Raises:
         ValueError: index or seed is negative.
     """
-    if index < 0 or seed < 0:
-        raise ValueError(f"index and seed must be >= 0, got index={index}, seed={seed}")
-    streams = np.random.default_rng([seed, index]).spawn(6)
-    anatomy, flesh, eyeball, hair, optics, camera = streams
+    anatomy, flesh, eyeball, hair, optics, camera = _streams(index, seed)
     eye = sample_eye(anatomy)
+    traits = {"closed"} if eye.closed else set()
     image = draw_skin(flesh, eye)
     classes = np.zeros((HEIGHT, WIDTH), np.uint8)
     on_eye = np.zeros((HEIGHT, WIDTH), np.float32)
@@ -90,15 +92,33 @@ def render(index: int, seed: int = 0) -> Rendered:
     image -= haze
     image *= light_field(optics, eye)
     image += haze
-    draw_hair(hair, eye, image)
-    apply_lens(optics, eye, image, on_eye)
-    dark_corners(optics, eye, image)
+    traits |= draw_hair(hair, eye, image)
+    traits |= apply_lens(optics, eye, image, on_eye)
+    traits |= dark_corners(optics, eye, image)
     image = blur(camera, image)
     add_glints(optics, eye, image, on_eye)
     add_sparkles(optics, eye, image, classes)
     if optics.random() < SPECTACLES_SHARE:
         add_spectacles(optics, eye, image)
-    frame = tone(camera, expose(camera, image))
-    return Rendered(
-        frame, classes, None if eye.closed else eye.pupil, None if eye.closed else eye.iris
-    )
+        traits.add("spectacles")
+    frame, treatment = tone(camera, expose(camera, image))
+    traits.add(treatment)
+    traits |= crop_to_bars(camera, eye, frame, classes)
+    pupil, iris = (None, None) if eye.closed else (eye.pupil, eye.iris)
+    return Rendered(frame, classes, pupil, iris, tuple(sorted(traits)))
+
+
+def eye_of(index: int, seed: int = 0) -> Eye:
+    """Returns what frame `index` of series `seed` shows: pose, lids and grey levels, undrawn.
+
+    Raises:
+        ValueError: index or seed is negative.
+    """
+    return sample_eye(_streams(index, seed)[0])
+
+
+def _streams(index: int, seed: int) -> list[np.random.Generator]:
+    """Returns the random streams of a frame's parts: eye, skin, eyeball, hair, optics, camera."""
+    if index < 0 or seed < 0:
+        raise ValueError(f"index and seed must be >= 0, got index={index}, seed={seed}")
+    return np.random.default_rng([seed, index]).spawn(6)

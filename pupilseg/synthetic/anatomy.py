@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse
+from pupilseg.synthetic.fields import smooth_noise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,7 +25,7 @@ CLOSED_SHARE = 0.05
 """Share of frames with a closed eye."""
 SLIT_SHARE = 0.03
 """Share of frames caught half-way through a blink."""
-CUT_SHARE = 0.1
+CUT_SHARE = 0.14
 """Share of frames in which the gaze may take the pupil under a lid."""
 TAIL = 3.0
 """Lid curves reach this many half-widths from the middle, past both borders of any frame."""
@@ -124,10 +125,15 @@ def between(rng: np.random.Generator, low: float, high: float, peak: float = 1.0
 
 def _levels(rng: np.random.Generator) -> Levels:
     pupil = between(rng, 31.5, 39.5, 1.5)
-    iris = float(np.clip(pupil + 15 + 40 * rng.random() ** 1.3, 52, 91))
-    sclera = float(np.clip(iris + between(rng, 5, 34, 1.4), 68, 108))
-    skin = max(between(rng, 100, 168, 1.3), sclera + 8)
-    return Levels(pupil - between(rng, 7, 14), pupil, iris, sclera, skin)
+    iris = float(np.clip(pupil + 15 + 47 * rng.random() ** 1.35, 52, 96))
+    # Before the shading of lids and corners, which takes a sixth of the median.
+    sclera = float(np.clip(iris + between(rng, 9, 44, 1.4), 76, 124))
+    # One frame in six so near to the lamps that skin above the eye saturates.
+    skin = between(rng, 160, 235) if rng.random() < 1 / 6 else between(rng, 102, 168, 1.3)
+    skin = max(skin, sclera + 8)
+    # Mostly 11 levels below the pupil; a lens mount that scatters no light at all is black.
+    border = between(rng, 7, 14) if rng.random() < 0.8 else between(rng, 14, pupil)
+    return Levels(pupil - border, pupil, iris, sclera, skin)
 
 
 def _lids(rng: np.random.Generator, opening: float) -> Lids:
@@ -206,6 +212,12 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     upper, lower = frame_curves(pose, lids)
     if closed:
         lower = upper - 1
+    else:
+        # Folds and lash roots make a lid's edge uneven by a px or two.
+        upper, lower = (
+            edge + smooth_noise(rng, (1, 24), (1, WIDTH))[0] * np.float32(between(rng, 0.0, 1.6))
+            for edge in (upper, lower)
+        )
     return Eye(pose, lids, upper, lower, pupil, iris, closed, _levels(rng))
 
 

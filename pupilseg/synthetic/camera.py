@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
+from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.synthetic.anatomy import between
-from pupilseg.synthetic.fields import soften
+from pupilseg.synthetic.fields import enlarge, soften
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pupilseg.synthetic.anatomy import Eye
     from pupilseg.synthetic.fields import Field
 
 SHOT_NOISE = 0.10
@@ -21,19 +24,47 @@ GAMMA = 0.8
 CLAHE_CLIP, CLAHE_TILES = 1.5, (8, 8)
 GAMMA_TABLE = (255 * np.linspace(0, 1, 256) ** GAMMA).astype(np.uint8)
 """The grey curve that RITnet's preprocessing applies before CLAHE."""
+HALF = (WIDTH // 2, HEIGHT // 2)
+"""Size at which a halo is made, which is wider than 2 px."""
+SMEARED_SHARE = 1 / 30
+"""Share of frames in which the eye moves faster than the shutter."""
+BARS_SHARE = 0.06
+"""Share of frames with bars at both sides, where the pupil leaves room for them."""
+BAR_WIDTHS = (53, 120)
+"""Px a side when a frame of 4:3 or of 1:1 is fitted into 640 x 400."""
 
 
 def blur(rng: np.random.Generator, image: Field) -> Field:
-    """Returns the image as a lens focuses it: slight blur, one frame in ten out of focus."""
+    """Returns the image as a lens focuses it: slight blur and a faint halo around what is bright.
+
+    One frame in ten is out of focus, one in thirty smeared by a moving eye. All of it is even on
+    both sides, so no edge moves.
+    """
     sigma = between(rng, 1.2, 2.4) if rng.random() < 0.1 else between(rng, 0.45, 1.0)
-    return soften(image, sigma)
+    sharp = soften(image, sigma)
+    if rng.random() < SMEARED_SHARE:
+        sharp = _smear(sharp, between(rng, 3, 9), between(rng, 0, math.pi))
+    small = np.asarray(cv2.resize(image, HALF, interpolation=cv2.INTER_AREA), np.float32)
+    halo = enlarge(soften(small, between(rng, 0.9, 3.0)))
+    share = between(rng, 0.0, 0.25)
+    return np.asarray(cv2.addWeighted(sharp, 1 - share, halo, share, 0), np.float32)
+
+
+def _smear(image: Field, length: float, angle: float) -> Field:
+    """Returns the image moved by `length` px along `angle` while the shutter was open."""
+    reach = math.ceil(length / 2)
+    kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
+    for step in np.linspace(-0.5, 0.5, 65) * length:
+        x, y = reach + step * math.cos(angle), reach + step * math.sin(angle)
+        kernel[round(y), round(x)] += 1
+    return np.asarray(cv2.filter2D(image, cv2.CV_32F, kernel / kernel.sum()), np.float32)
 
 
 def expose(rng: np.random.Generator, image: Field) -> NDArray[np.uint8]:
     """Returns what the sensor reads: shot noise added, clipped and rounded to uint8."""
-    strength = SHOT_NOISE * rng.lognormal(0, 0.25)
+    strength = SHOT_NOISE * rng.lognormal(0.03, 0.25)
     noise = rng.standard_normal(image.shape, dtype=np.float32)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         noise = soften(noise, 0.45) * np.float32(1.35)
     np.clip(image, 0, 400, out=image)
     noise *= np.sqrt(image * np.float32(strength))
@@ -41,16 +72,34 @@ def expose(rng: np.random.Generator, image: Field) -> NDArray[np.uint8]:
     return np.asarray(cv2.convertScaleAbs(np.maximum(noise, 0, out=noise)), np.uint8)
 
 
-def tone(rng: np.random.Generator, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns the frame as a driver hands it out: mostly raw, else stretched or equalised."""
+def tone(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], str]:
+    """Returns the frame as a driver hands it out, and which way: mostly raw."""
     kind = rng.random()
     if kind < 0.62:
-        return image
+        return image, "raw"
     if kind < 0.77:
         clahe = cv2.createCLAHE(CLAHE_CLIP, CLAHE_TILES)
-        return np.asarray(clahe.apply(cv2.LUT(image, GAMMA_TABLE)), np.uint8)
+        return np.asarray(clahe.apply(cv2.LUT(image, GAMMA_TABLE)), np.uint8), "clahe"
     if kind < 0.83:
-        return np.asarray(cv2.equalizeHist(image), np.uint8)
+        return np.asarray(cv2.equalizeHist(image), np.uint8), "equalised"
     grey = np.linspace(0, 1, 256) ** between(rng, 0.75, 1.35)
     table = grey * 255 * between(rng, 0.7, 1.6) + between(rng, -18, 15)
-    return np.asarray(cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)), np.uint8)
+    return np.asarray(cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)), np.uint8), "curve"
+
+
+def crop_to_bars(
+    rng: np.random.Generator, eye: Eye, image: NDArray[np.uint8], classes: NDArray[np.uint8]
+) -> set[str]:
+    """Blackens both sides as letterboxing a camera's 4:3 or 1:1 frame does, in place.
+
+    What the bars take is no eye any more. Frames whose pupil they would cut stay as they are.
+    """
+    width = int(rng.choice(BAR_WIDTHS))
+    pupil = eye.pupil
+    near = min(pupil.center_x_px, WIDTH - pupil.center_x_px) - pupil.semi_axis_a_px
+    if rng.random() > BARS_SHARE or near < width + 5:
+        return set()
+    for part in (np.s_[:, :width], np.s_[:, WIDTH - width :]):
+        image[part] = 0
+        classes[part] = 0
+    return {"bars"}

@@ -84,7 +84,7 @@ def _rim(rng: np.random.Generator, eye: Eye, window: Window, below: Field, above
     scale = eye.pose.scale
     reach = (window.grid()[0] - np.float32(eye.pose.x_px)) / np.float32(eye.lids.half_width * scale)
     fade = np.clip(2 - 2 * np.abs(reach), 0, 1)
-    wide_up, wide_low = between(rng, 3, 14) * scale, between(rng, 3, 12) * scale
+    wide_up, wide_low = between(rng, 3, 20) * scale, between(rng, 3, 12) * scale
     up = np.exp(np.abs(below) * np.float32(-1 / wide_up))
     low = np.exp(np.abs(above) * np.float32(-1 / wide_low))
     up *= np.float32(between(rng, -0.45, 0.12))
@@ -147,7 +147,7 @@ def _sclera(rng: np.random.Generator, eye: Eye, window: Window) -> Field:
     across = (x - np.float32(eye.pose.x_px)) * np.float32(
         1 / (eye.lids.half_width * eye.pose.scale)
     )
-    white = white - np.float32(between(rng, 0.05, 0.42)) * across * across
+    white = white - np.float32(between(rng, 0.05, 0.5)) * across * across
     vessels = np.zeros(size, np.uint8)
     count = int(rng.integers(0, 14))
     if count:
@@ -192,7 +192,7 @@ def draw_eyeball(rng: np.random.Generator, eye: Eye) -> Eyeball | None:
     if window is None:
         return None
     below, above = _lid_distance(eye, window)
-    soft = between(rng, 1, 5), between(rng, 1, 5)
+    soft = between(rng, 1, 7), between(rng, 1, 7)
     cover = np.minimum(ramp(below, soft[0]), ramp(above, soft[1]))
     rim_shade = _rim(rng, eye, window, below, above)
     levels, scale = eye.levels, eye.pose.scale
@@ -219,11 +219,14 @@ def draw_eyeball(rng: np.random.Generator, eye: Eye) -> Eyeball | None:
         borderMode=cv2.BORDER_WRAP,
     )
     contrast = levels.iris - levels.pupil
-    strength = between(rng, 0.04, 0.26) * contrast
+    # Deviation in grey levels: on real frames 6 to 19 with noise and shading, less on dark irises.
+    strength = min(between(rng, 3.5, 17), 0.36 * contrast)
     limbus = between(rng, 0.05, 0.35)
     iris = levels.iris + unrolled * np.float32(strength)
     iris -= np.float32(limbus * contrast) * depth**5
-    iris += np.float32(between(rng, -0.25, 0.15) * contrast) * np.exp(-outside * np.float32(1 / 5))
+    # The ruff: the pupil's own rim, mostly darker than the iris around it.
+    ruff = np.exp(-outside * np.float32(1 / between(rng, 3, 7)))
+    iris += np.float32(between(rng, -0.28, 0.15) * contrast) * ruff
     iris = np.maximum(iris, np.float32(levels.pupil + 3))
 
     grey = _sclera(rng, eye, window) * np.float32(levels.sclera)

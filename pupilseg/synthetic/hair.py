@@ -48,7 +48,7 @@ class Style(NamedTuple):
 def _style(rng: np.random.Generator, closed: bool) -> Style:
     kind = rng.random()
     heavy = bool(rng.random() < 0.2)
-    count = int(between(rng, 90, 200)) if heavy else int(between(rng, 15, 110))
+    count = int(between(rng, 100, 220)) if heavy else int(between(rng, 25, 130))
     if closed:
         heading, length = -between(rng, 0.9, 1.5), between(rng, 15, 45)
     elif kind < 0.66:
@@ -96,7 +96,7 @@ def _upper_lashes(rng: np.random.Generator, eye: Eye, style: Style) -> Curve:
         aim = center[nearest]
         spread += upward * 1.1 * (t - aim) * lids.half_width / max(style.length, 12)
     length = style.length * rng.uniform(0.4, 1.3, n) * (1 - 0.35 * np.abs(aim) ** 2)
-    bend = upward * (style.bend * np.sign(t) + rng.normal(0, 0.15, n))
+    bend = upward * (style.bend * np.sign(t) + rng.normal(0, between(rng, 0.1, 0.45), n))
     return _hairs(roots, style.heading_rad + spread, length, bend)
 
 
@@ -123,8 +123,8 @@ def _brow(rng: np.random.Generator, eye: Eye) -> Curve:
     return _hairs(roots, heading, rng.uniform(14, 34, n), rng.normal(-0.1, 0.12, n))
 
 
-def draw_hair(rng: np.random.Generator, eye: Eye, image: Field) -> None:
-    """Draws lashes and brow over the image in place, float32 (400, 640).
+def draw_hair(rng: np.random.Generator, eye: Eye, image: Field) -> set[str]:
+    """Draws lashes and brow over the image in place, float32 (400, 640); returns the traits.
 
     Labels do not change: what a lash hides is still pupil.
     """
@@ -134,7 +134,7 @@ def draw_hair(rng: np.random.Generator, eye: Eye, image: Field) -> None:
         draw_strokes(canvas, eye.pose.to_frame(_brow(rng, eye)), int(between(rng, 60, 190)), 1)
         canvas = soften_canvas(canvas, between(rng, 0.5, 2.0))
     lashes = eye.pose.to_frame(_upper_lashes(rng, eye, style))
-    strength = int(between(rng, 90, 250))
+    strength = int(between(rng, 120, 250))
     fine = int(rng.integers(1, 3))
     groups = np.array_split(np.arange(len(lashes)), 3)
     for group, share in zip(groups, (1.0, 0.75, 0.5), strict=True):
@@ -153,9 +153,15 @@ def draw_hair(rng: np.random.Generator, eye: Eye, image: Field) -> None:
     tone = eye.levels.pupil + between(rng, -6, 14)
     image += (np.float32(tone) - image) * cover
 
+    _draw_lower(rng, eye, image, canvas)
+    return {"mascara"} if style.thick else set()
+
+
+def _draw_lower(
+    rng: np.random.Generator, eye: Eye, image: Field, canvas: NDArray[np.uint8]
+) -> None:
+    """Draws the lower lid's lashes over the image in place, on a canvas of any content."""
     lower = eye.pose.to_frame(_lower_lashes(rng, eye))
-    if len(lower) == 0:
-        return
     canvas[:] = 0
     draw_strokes(canvas, lower, int(between(rng, 60, 200)), 1)
     rows = np.flatnonzero(canvas.any(axis=1))

@@ -31,6 +31,12 @@ BORDER_SHARE = 0.5
 """Share of frames whose lit field ends inside the frame."""
 MAX_BORDER = 0.17
 """Largest part of the frame that the dark border takes."""
+MAX_ON_PUPIL = 3
+"""Glints that may lie on the pupil."""
+FAINT_SHARE = 0.12
+"""Share of glints that do not saturate."""
+WET_SHARE = 0.35
+"""Share of open eyes with sparkles along the lids' edges."""
 STEPS_PER_PX = 4
 """Steps a px of the radial tables of vignette and rings."""
 
@@ -45,12 +51,19 @@ def light_field(rng: np.random.Generator, eye: Eye) -> Field:
     fall = ((x - center_x) / wide) ** 2 + ((y - center_y) / high) ** 2
     light = floor + (1 - floor) * np.exp(-fall / 2)
     light *= 1 + smooth_noise(rng, (4, 6), light.shape) * between(rng, 0.0, 0.06)
+    # Nose and brow keep light from the corners, from skin and sclera alike.
+    half = eye.lids.half_width
+    for side in (-1, 1):
+        spot = eye.pose.to_frame(np.array([side * half * between(rng, 0.9, 1.3), half * 0.05]))
+        size = half * eye.pose.scale * np.array([between(rng, 0.2, 0.5), between(rng, 0.12, 0.4)])
+        near = ((x - spot[0]) / size[0]) ** 2 + ((y - spot[1]) / size[1]) ** 2
+        light *= 1 - between(rng, 0.0, 0.6) * np.exp(-near)
     at_eye = floor + (1 - floor) * math.exp(-(((eye.pose.y_px - center_y) / high) ** 2) / 2)
     return enlarge((light / at_eye).astype(np.float32))
 
 
-def apply_lens(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) -> None:
-    """Adds rings to the skin and cuts the lit field out of the dark border, in place.
+def apply_lens(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) -> set[str]:
+    """Adds rings to the skin and cuts the lit field out of the dark border; returns the traits.
 
     Both are functions of the distance from the lens' axis, so they are read from one table a px
     of distance.
@@ -58,16 +71,14 @@ def apply_lens(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) 
     Args:
         rng: stream of the optics.
         eye: the eye; its pupil never lies in the border.
-        image: float32 (400, 640), lit scene.
+        image: float32 (400, 640), lit scene; changed in place.
         on_eye: float32 (400, 640), share of each pixel covered by the eyeball, kept free of rings.
     """
     rings = rng.random() < 0.55
     border = rng.random() < BORDER_SHARE
     center_x = WIDTH / 2 + between(rng, -110, 110)
     center_y = HEIGHT / 2 + between(rng, -60, 60)
-    x = np.arange(WIDTH, dtype=np.float32)[None, :] - np.float32(center_x)
-    y = np.arange(HEIGHT, dtype=np.float32)[:, None] - np.float32(center_y)
-    radius = np.sqrt(x * x + y * y)
+    radius = _distance(center_x, center_y)
     level = np.float32(eye.levels.border)
     if rings:
         steps = np.arange(0, 600 * STEPS_PER_PX, dtype=np.float32) / STEPS_PER_PX
@@ -79,26 +90,57 @@ def apply_lens(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) 
         pattern *= 1 - on_eye
         image += (image - level) * pattern
     if border:
-        pupil = eye.pupil
-        farthest = math.hypot(pupil.center_x_px - center_x, pupil.center_y_px - center_y)
-        least = farthest + pupil.semi_axis_a_px + 40
-        sorted_radius = np.sort(radius[::8, ::8], axis=None)
-        share = between(rng, 0.01, MAX_BORDER)
-        limit = max(float(sorted_radius[int((1 - share) * sorted_radius.size)]), least)
-        inside = np.float32(limit) - radius
+        inside = _lit_field(rng, eye, radius, center_x, center_y)
         dim = np.clip(inside * np.float32(1 / between(rng, 20, 160)), 0, 1)
         dim = 1 - (1 - dim) ** 2 * np.float32(between(rng, 0.0, 0.8))
         image -= level
         image *= dim * ramp(inside, between(rng, 2, 5))
-        image += level
+        # Stray light on the mount: the border is flat, but not to the last level.
+        stray = np.clip(1 + smooth_noise(rng, (3, 5), (50, 80)) * between(rng, 0.0, 0.09), 0, 1.2)
+        image += enlarge(stray.astype(np.float32) * level)
+    return {name for name, is_drawn in (("rings", rings), ("border", border)) if is_drawn}
 
 
-def dark_corners(rng: np.random.Generator, eye: Eye, image: Field) -> None:
+def _distance(x_px: float, y_px: float) -> Field:
+    """Returns each pixel's distance from a point, float32 (400, 640)."""
+    x = np.arange(WIDTH, dtype=np.float32)[None, :] - np.float32(x_px)
+    y = np.arange(HEIGHT, dtype=np.float32)[:, None] - np.float32(y_px)
+    return np.sqrt(x * x + y * y)
+
+
+def _lit_field(
+    rng: np.random.Generator, eye: Eye, radius: Field, center_x: float, center_y: float
+) -> Field:
+    """Returns px inside the lit field, negative in the border: a disc, often cut by a second one.
+
+    The border takes at most `MAX_BORDER` of the frame, and never comes near the pupil.
+    """
+    pupil = eye.pupil
+
+    def cut(distance: Field, share: float, x: float, y: float) -> Field:
+        least = math.hypot(pupil.center_x_px - x, pupil.center_y_px - y) + pupil.semi_axis_a_px + 40
+        ordered = np.sort(distance[::8, ::8], axis=None)
+        limit = max(float(ordered[int((1 - share) * ordered.size)]), least)
+        return np.float32(limit) - distance
+
+    share = between(rng, 0.01, MAX_BORDER)
+    second = share * between(rng, 0.2, 0.8) if rng.random() < 0.5 else 0.0
+    inside = cut(radius, share - second, center_x, center_y)
+    if second:
+        # The edge of another part of the mount: its middle far off, so that its arc is flatter.
+        x, y = center_x + rng.normal(0, 220), center_y + rng.normal(0, 90)
+        inside = np.minimum(inside, cut(_distance(x, y), second, x, y))
+    return inside
+
+
+def dark_corners(rng: np.random.Generator, eye: Eye, image: Field) -> set[str]:
     """Draws the lens barrel that shows in the lower corners of a third of the frames, in place."""
     if rng.random() > 0.35:
-        return
+        return set()
+    which = rng.random()
     for right in (False, True):
-        if rng.random() < 0.4:
+        # The left corner alone, the right one alone, or both.
+        if which < 0.3 if right else which > 0.7:
             continue
         wide, high = round(between(rng, 15, 130)), round(between(rng, 20, 130))
         # A circle through both ends of the corner's arc, its middle on the frame's side of them.
@@ -119,15 +161,26 @@ def dark_corners(rng: np.random.Generator, eye: Eye, image: Field) -> None:
             cv2.circle(mask, center, inner, 255, int(rng.integers(2, 6)), cv2.LINE_AA)
             glow = mask[:, ::-1] if right else mask
             corner += glow.astype(np.float32) * np.float32(between(rng, 8, 35) / 255)
+    return {"corners"}
 
 
 def add_spot(
-    image: Field, x: float, y: float, area: float, *, stretch: float = 1.0, angle: float = 0.0
+    image: Field,
+    x: float,
+    y: float,
+    area: float,
+    *,
+    stretch: float = 1.0,
+    angle: float = 0.0,
+    glow: float = 1.0,
 ) -> None:
-    """Adds a light spot that saturates over about `area` px, with a soft flank, in place."""
+    """Adds a light spot that saturates over about `area` px, with a soft flank, in place.
+
+    A `glow` below 1 makes it fainter at the same size.
+    """
     radius = math.sqrt(area / math.pi)
     sigma = 0.42 * radius + 0.45
-    peak = 210 * math.exp(min(radius * radius / (2 * sigma * sigma), 4.0))
+    peak = glow * 210 * math.exp(min(radius * radius / (2 * sigma * sigma), 4.0))
     reach = math.ceil(radius * max(stretch, 1) + 3.5 * sigma) + 1
     left, top = max(round(x) - reach, 0), max(round(y) - reach, 0)
     patch = image[top : round(y) + reach + 1, left : round(x) + reach + 1]
@@ -139,7 +192,7 @@ def add_spot(
     u, v = (dx * cos + dy * sin) * np.float32(1 / stretch), dy * cos - dx * sin
     square = u * u + v * v
     patch += np.float32(peak) * np.exp(square * np.float32(-0.5 / sigma**2))
-    patch += 18 * np.exp(square * np.float32(-0.5 / (3 * sigma) ** 2))
+    patch += np.float32(18 * glow) * np.exp(square * np.float32(-0.5 / (3 * sigma) ** 2))
 
 
 def add_glints(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) -> int:
@@ -161,7 +214,8 @@ def add_glints(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) 
     turn = between(rng, 0, 2 * math.pi)
     area = 6 + 38 * rng.random() ** 1.6
     flat = between(rng, 0.75, 1.0)
-    seen = 0
+    near = math.sqrt(eye.pupil.semi_axis_a_px * eye.pupil.semi_axis_b_px) + 2
+    on_pupil = seen = 0
     for number in range(count):
         angle = turn + span * number / count + rng.normal(0, 0.08)
         away = ring * (1 + rng.normal(0, 0.06))
@@ -170,8 +224,18 @@ def add_glints(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) 
         inside = 0 <= x < WIDTH - 1 and 0 <= y < HEIGHT - 1
         if not inside or on_eye[round(y), round(x)] < 0.5 or rng.random() < 0.06:
             continue
+        on_pupil += math.hypot(x - eye.pupil.center_x_px, y - eye.pupil.center_y_px) < near
+        if on_pupil > MAX_ON_PUPIL:
+            continue
         own = float(np.clip(area * rng.lognormal(0, 0.35), 5, 70))
-        add_spot(image, x, y, own, stretch=between(rng, 1, 1.7), angle=between(rng, 0, math.pi))
+        glow = between(rng, 0.05, 0.6) if rng.random() < FAINT_SHARE else 1.0
+        turned = between(rng, 0, math.pi)
+        add_spot(image, x, y, own, stretch=between(rng, 1, 1.7), angle=turned, glow=glow)
+        if rng.random() < 0.3:
+            # A lamp of several parts, or a tear film that is not even: a second, smaller lobe.
+            away = math.sqrt(own) * between(rng, 0.5, 1.6)
+            x, y = x + away * math.cos(turned), y + away * math.sin(turned)
+            add_spot(image, x, y, own * between(rng, 0.1, 0.4), glow=glow * between(rng, 0.2, 1))
         seen += 1
     return seen
 
@@ -193,6 +257,19 @@ def add_sparkles(
         for _ in range(int(rng.integers(1, 12))):
             at_x, at_y = spot + rng.normal(0, spread, 2) * (1, 0.6)
             add_spot(image, float(at_x), float(at_y), between(rng, 0.1, 1.0) ** 2 * 9)
+    if not eye.closed and rng.random() < WET_SHARE:
+        _add_wet_rim(rng, eye, image)
+
+
+def _add_wet_rim(rng: np.random.Generator, eye: Eye, image: Field) -> None:
+    """Adds the faint sparkles of the tear film along both lids' edges, in place."""
+    for lid in (0, 1):
+        count = int(rng.integers(0, 16))
+        t = np.clip(between(rng, -0.5, 0.5) + rng.normal(0, 0.25, count), -0.9, 0.9)
+        edge = eye.lids.curves(t)[lid] + (1 - 2 * lid) * rng.uniform(0, 4, count)
+        points = eye.pose.to_frame(np.stack([t * eye.lids.half_width, edge], -1))
+        for x, y in points.tolist():
+            add_spot(image, x, y, between(rng, 0.5, 3), glow=between(rng, 0.05, 0.5))
 
 
 def add_spectacles(rng: np.random.Generator, eye: Eye, image: Field) -> None:
