@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
     ("line", "text"),
     [
         ("networks --runs 1", "| efficientvit_tiny | 9,737 | 40.4 M |"),
+        ("renderer --frames 12 --speed 4", "| border share of frame | up to 0.17 |"),
         ("augment --runs 1 --batch-size 2", "all, default shares"),
         ("materialize --frames 64 --rounds 1", "| shards, 2 processes |"),
         (
@@ -29,7 +30,10 @@ ROOT = Path(__file__).parents[1]
             "| pupilseg, 1 thread, one batch ahead |",
         ),
     ],
-    ids=["networks", "augment", "materialize", "training", "training to an IoU", "loader"],
+    ids=[
+        *("networks", "renderer", "augment", "materialize"),
+        *("training", "training to an IoU", "loader"),
+    ],
 )
 def test_it_runs_and_prints(line, text):
     done = subprocess.run(

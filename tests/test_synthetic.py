@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
+from benchmarks.eye_statistics import edge_offset, edge_profile
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_from_mask, ellipse_mask
-from pupilseg.synthetic import RENDERER_VERSION, Rendered, render
+from pupilseg.synthetic import RENDERER_VERSION, Rendered, eye_of, render
 from pupilseg.synthetic.anatomy import sample_eye
-from pupilseg.synthetic.camera import SHOT_NOISE, expose
+from pupilseg.synthetic.camera import SHOT_NOISE, _smear, expose
 from pupilseg.synthetic.eyeball import draw_eyeball
 from pupilseg.synthetic.optics import add_spot
 
@@ -168,6 +169,60 @@ def test_drawn_edge_is_where_the_label_changes() -> None:
         assert np.mean(inside < (eye.levels.pupil + eye.levels.iris) / 2 + 8) > 0.99
         checked += 1
     assert checked > 30
+
+
+def test_grey_is_halfway_at_the_labels_edge(open_frames: list[Rendered]) -> None:
+    """Also after halo, blur and noise: a label 0.1 px off costs a pupil of 27 px 0.7 % of IoU."""
+    offsets = []
+    for frame in open_frames:
+        profile = edge_profile(frame.image, frame.classes)
+        if profile is not None:
+            offsets.append(edge_offset(profile))
+    assert np.isfinite(offsets).sum() > 60
+    # Measured over 400 frames: -0.03 px, with 0.11 px of scatter from the iris' own texture.
+    assert abs(np.nanmean(offsets)) < 0.08
+
+
+def test_traits_say_what_is_shown(frames: list[Rendered]) -> None:
+    for frame in frames:
+        assert list(frame.traits) == sorted(set(frame.traits))
+        assert len({"raw", "clahe", "equalised", "curve"} & set(frame.traits)) == 1
+        assert ("closed" in frame.traits) == (frame.pupil is None)
+        sides = np.s_[:, :53], np.s_[:, WIDTH - 53 :]
+        barred = all(not frame.image[part].any() for part in sides)
+        assert ("bars" in frame.traits) == barred
+        if barred:
+            assert not any(frame.classes[part].any() for part in sides)
+    for name, low, high in (
+        ("spectacles", 0.07, 0.22),
+        ("border", 0.35, 0.65),
+        ("rings", 0.4, 0.7),
+        ("corners", 0.2, 0.5),
+        ("mascara", 0.1, 0.3),
+        ("bars", 0.01, 0.12),
+        ("raw", 0.5, 0.75),
+    ):
+        assert low < np.mean([name in frame.traits for frame in frames]) < high, name
+
+
+def test_the_eye_of_a_frame_is_told_without_drawing_it(frames: list[Rendered]) -> None:
+    for index, frame in enumerate(frames[:20]):
+        eye = eye_of(index, SEED)
+        assert eye.closed == (frame.pupil is None)
+        if frame.pupil is not None:
+            assert (frame.pupil, frame.iris) == (eye.pupil, eye.iris)
+
+
+def test_a_moving_eye_is_smeared_evenly() -> None:
+    image = np.zeros((60, 60), np.float32)
+    image[20:41, 20:41] = 100
+    for angle in (0.0, 0.7, 2.4):
+        smeared = _smear(image, 7.0, angle)
+        assert smeared.sum() == pytest.approx(image.sum(), rel=1e-5)
+        y, x = np.indices(image.shape)
+        assert (smeared * x).sum() / smeared.sum() == pytest.approx(30, abs=1e-3)
+        assert (smeared * y).sum() / smeared.sum() == pytest.approx(30, abs=1e-3)
+        assert smeared.max() <= 100 + 1e-3
 
 
 def test_pupil_is_darker_than_what_surrounds_it(open_frames: list[Rendered]) -> None:
