@@ -35,6 +35,7 @@ test-gpu: $(READY) ## run the tests that need a CUDA device
 
 bench: $(READY) ## measure; prints tables with machine and versions
 	python -m benchmarks.networks
+	python -m benchmarks.renderer
 	python -m benchmarks.augment
 	python -m benchmarks.materialize
 	python -m benchmarks.training

@@ -18,7 +18,7 @@ WATCHERS = ("pupilseg/tracking.py", "pupilseg/run_artifacts.py")
 MODELS = ("efficientvit", "efficientvit_tiny", "ellipse")
 
 
-@pytest.mark.parametrize("folder", [".", "demo"])
+@pytest.mark.parametrize("folder", [".", "demo", "pretrained"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_lists_what_it_imports(folder, stage):
     spec = yaml.safe_load((ROOT / folder / "dvc.yaml").read_text())["stages"][stage]
@@ -31,15 +31,16 @@ def test_stage_lists_what_it_imports(folder, stage):
     assert not unused
 
 
-def test_demo_is_the_same_pipeline():
+@pytest.mark.parametrize("folder", ["demo", "pretrained"])
+def test_it_is_the_same_pipeline(folder):
     """Both files differ in their paths alone."""
     root = (ROOT / "dvc.yaml").read_text().split("\n", 1)[1]
-    demo = (ROOT / "demo" / "dvc.yaml").read_text().split("\n", 1)[1]
-    for text in ("cd .. && ", "../", "demo/"):
-        demo = demo.replace(text, "")
-    assert demo == root
+    other = (ROOT / folder / "dvc.yaml").read_text().split("\n", 1)[1]
+    for text in ("cd .. && ", "../", f"{folder}/"):
+        other = other.replace(text, "")
+    assert other == root
     real, rendered = (
-        yaml.safe_load((ROOT / folder / "params.yaml").read_text()) for folder in (".", "demo")
+        yaml.safe_load((ROOT / where / "params.yaml").read_text()) for where in (".", folder)
     )
     assert {k: set(v) for k, v in real.items()} == {k: set(v) for k, v in rendered.items()}
 
