@@ -116,10 +116,10 @@ def test_batch_gives_what_single_calls_give(predictor):
 
 def test_preprocessing_of_the_file_is_applied(tmp_path):
     name = "gamma0.8+clahe1.5"
-    frame = render(4).image
-    mask = get_preprocessing(name)(frame) < 40.5
-    found = Predictor(threshold_onnx(tmp_path / "p.onnx", 40.5, preprocessing=name))
-    plain = Predictor(threshold_onnx(tmp_path / "n.onnx", 40.5))
+    frame = render(3).image  # its pupil: 36 as captured, below 60 with the preprocessing
+    mask = get_preprocessing(name)(frame) < 60.5
+    found = Predictor(threshold_onnx(tmp_path / "p.onnx", 60.5, preprocessing=name))
+    plain = Predictor(threshold_onnx(tmp_path / "n.onnx", 60.5))
     assert np.array_equal(found(frame).mask, find_blob(mask, WHOLE).mask)
     assert not np.array_equal(found(frame).mask, plain(frame).mask)
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse
 from pupilseg.synthetic.anatomy import Eye, sample_eye
-from pupilseg.synthetic.camera import blur, crop_to_bars, expose, tone
+from pupilseg.synthetic.camera import blur, crop_to_bars, expose, tone, transmit
 from pupilseg.synthetic.eyeball import draw_eyeball
 from pupilseg.synthetic.hair import draw_hair
 from pupilseg.synthetic.optics import (
     add_glints,
+    add_scene,
     add_sparkles,
     add_spectacles,
     apply_lens,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RENDERER_VERSION", "Rendered", "eye_of", "render"]
 
-RENDERER_VERSION = 2
+RENDERER_VERSION = 3
 """Raised by every change that alters a rendered byte. Manifests of rendered data record it, so that
 shards made by another version are known to be stale and frames are only compared within one."""
 SPECTACLES_SHARE = 1 / 7
@@ -52,7 +53,7 @@ class Rendered(NamedTuple):
         iris: the full iris in px; None for a closed eye.
         traits: what chance put into the frame, sorted: the camera's treatment ("raw", "clahe",
             "equalised" or "curve") and any of "closed", "spectacles", "border", "rings",
-            "corners", "mascara", "bars".
+            "corners", "mascara", "scene", "enlarged", "compressed", "bars".
     """
 
     image: NDArray[np.uint8]
@@ -98,12 +99,14 @@ def render(index: int, seed: int = 0) -> Rendered:
     image = blur(camera, image)
     add_glints(optics, eye, image, on_eye)
     add_sparkles(optics, eye, image, classes)
+    traits |= add_scene(optics, eye, image, on_eye)
     if optics.random() < SPECTACLES_SHARE:
         add_spectacles(optics, eye, image)
         traits.add("spectacles")
     frame, treatment = tone(camera, expose(camera, image))
     traits.add(treatment)
-    traits |= crop_to_bars(camera, eye, frame, classes)
+    frame, arrived = transmit(camera, frame)
+    traits |= arrived | crop_to_bars(camera, eye, frame, classes)
     pupil, iris = (None, None) if eye.closed else (eye.pupil, eye.iris)
     return Rendered(frame, classes, pupil, iris, tuple(sorted(traits)))
 

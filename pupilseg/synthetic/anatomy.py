@@ -27,6 +27,8 @@ SLIT_SHARE = 0.03
 """Share of frames caught half-way through a blink."""
 CUT_SHARE = 0.14
 """Share of frames in which the gaze may take the pupil under a lid."""
+OBLIQUE_SHARE = 0.12
+"""Share of frames whose camera looks from well beside the axis, as head-mounted ones do."""
 TAIL = 3.0
 """Lid curves reach this many half-widths from the middle, past both borders of any frame."""
 
@@ -192,7 +194,11 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     toward = np.array(
         [gaze_x / 210 + between(rng, -0.2, 0.2), drift / 150 + between(rng, -0.45, 0.45)]
     )
-    tilt = min(float(np.hypot(*toward)), 0.75)
+    oblique = rng.random() < OBLIQUE_SHARE
+    if oblique:
+        turn, more = between(rng, 0, 2 * math.pi), between(rng, 0.35, 0.8)
+        toward += more * np.array([math.cos(turn), math.sin(turn)])
+    tilt = min(float(np.hypot(*toward)), 1.05 if oblique else 0.75)
     ratio = math.cos(tilt)
     direction = math.atan2(toward[1], toward[0] * pose.side) + pose.angle_rad
 

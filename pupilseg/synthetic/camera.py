@@ -26,6 +26,10 @@ GAMMA_TABLE = (255 * np.linspace(0, 1, 256) ** GAMMA).astype(np.uint8)
 """The grey curve that RITnet's preprocessing applies before CLAHE."""
 HALF = (WIDTH // 2, HEIGHT // 2)
 """Size at which a halo is made, which is wider than 2 px."""
+ENLARGED_SHARE = 0.08
+"""Share of frames from a sensor of fewer pixels, brought to size."""
+COMPRESSED_SHARE = 0.12
+"""Share of frames that went through JPEG, as most video does through something like it."""
 SMEARED_SHARE = 1 / 30
 """Share of frames in which the eye moves faster than the shutter."""
 BARS_SHARE = 0.06
@@ -85,6 +89,25 @@ def tone(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np
     grey = np.linspace(0, 1, 256) ** between(rng, 0.75, 1.35)
     table = grey * 255 * between(rng, 0.7, 1.6) + between(rng, -18, 15)
     return np.asarray(cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)), np.uint8), "curve"
+
+
+def transmit(
+    rng: np.random.Generator, image: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], set[str]]:
+    """Returns the frame as it arrives: some enlarged from fewer pixels, some compressed."""
+    traits = set()
+    share, quality = between(rng, 0.45, 0.85), round(between(rng, 30, 92))
+    if rng.random() < ENLARGED_SHARE:
+        size = (round(WIDTH * share), round(HEIGHT * share))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        how = cv2.INTER_LINEAR if rng.random() < 0.5 else cv2.INTER_CUBIC
+        image = np.asarray(cv2.resize(small, (WIDTH, HEIGHT), interpolation=how), np.uint8)
+        traits.add("enlarged")
+    if rng.random() < COMPRESSED_SHARE:
+        _, code = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        image = np.asarray(cv2.imdecode(code, cv2.IMREAD_GRAYSCALE), np.uint8)
+        traits.add("compressed")
+    return image, traits
 
 
 def crop_to_bars(

@@ -37,6 +37,8 @@ FAINT_SHARE = 0.12
 """Share of glints that do not saturate."""
 WET_SHARE = 0.35
 """Share of open eyes with sparkles along the lids' edges."""
+SCENE_SHARE = 0.1
+"""Share of open eyes in whose cornea a bright scene is seen."""
 STEPS_PER_PX = 4
 """Steps a px of the radial tables of vignette and rings."""
 
@@ -270,6 +272,27 @@ def _add_wet_rim(rng: np.random.Generator, eye: Eye, image: Field) -> None:
         points = eye.pose.to_frame(np.stack([t * eye.lids.half_width, edge], -1))
         for x, y in points.tolist():
             add_spot(image, x, y, between(rng, 0.5, 3), glow=between(rng, 0.05, 0.5))
+
+
+def add_scene(rng: np.random.Generator, eye: Eye, image: Field, on_eye: Field) -> set[str]:
+    """Adds a faint mirror image of windows or screens on the cornea, in place."""
+    if rng.random() > SCENE_SHARE or eye.closed:
+        return set()
+    canvas = np.zeros((HEIGHT // 2, WIDTH // 2), np.uint8)
+    reach = eye.iris.semi_axis_a_px
+    for _ in range(int(rng.integers(1, 4))):
+        middle = (
+            eye.iris.center_x_px + rng.normal(0, 0.5) * reach,
+            eye.iris.center_y_px + rng.normal(0, 0.4) * reach,
+        )
+        size = (reach * between(rng, 0.1, 0.9), reach * between(rng, 0.1, 0.7))
+        corners = cv2.boxPoints((middle, size, between(rng, -25, 25))) / 2
+        corners += rng.normal(0, 0.03 * reach, corners.shape)
+        shown = np.rint(corners).astype(np.int32)
+        cv2.fillPoly(canvas, [shown], round(between(rng, 60, 255)), cv2.LINE_AA)
+    glow = enlarge(soften_canvas(canvas, between(rng, 0.6, 4)).astype(np.float32))
+    image += glow * on_eye * np.float32(between(rng, 8, 60) / 255)
+    return {"scene"}
 
 
 def add_spectacles(rng: np.random.Generator, eye: Eye, image: Field) -> None:
