@@ -143,6 +143,14 @@ def test_moments_of_an_uncut_pupil_are_its_ellipse(open_frames: list[Rendered]) 
     assert uncut > FRAMES // 2
 
 
+def test_the_opening_is_in_one_piece(open_frames: list[Rendered]) -> None:
+    """Uneven lids may part the last px at a corner, and open nothing beyond it."""
+    for frame in open_frames:
+        _, _, stats, _ = cv2.connectedComponentsWithStats((frame.classes > 0).astype(np.uint8))
+        areas = sorted(stats[1:, cv2.CC_STAT_AREA])
+        assert sum(areas[:-1]) <= 12
+
+
 def test_labels_do_not_depend_on_what_lies_in_front(open_frames: list[Rendered]) -> None:
     """Glints, lashes and streaks come after the labels: a pupil has neither hole nor island."""
     for frame in open_frames:

@@ -219,9 +219,11 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     if closed:
         lower = upper - 1
     else:
-        # Folds and lash roots make a lid's edge uneven by a px or two.
+        # Folds and lash roots make a lid's edge uneven by a px or two. Past the corners nothing may
+        # come open by it.
+        is_open = (lower > upper).astype(np.float32)
         upper, lower = (
-            edge + smooth_noise(rng, (1, 24), (1, WIDTH))[0] * np.float32(between(rng, 0.0, 1.6))
+            edge + smooth_noise(rng, (1, 24), (1, WIDTH))[0] * is_open * between(rng, 0.0, 1.6)
             for edge in (upper, lower)
         )
     return Eye(pose, lids, upper, lower, pupil, iris, closed, _levels(rng))
