@@ -41,18 +41,17 @@ if TYPE_CHECKING:
 
     from pupilseg.sources import Dataset, Sample
 
-UNIQUE = 64
 FLOAT_BYTES = 400 * 640 * (1 + 1 + 4 + 8)
 """Of a sample as the earlier way holds it: image, label, float32 weights and two float32 maps."""
 
 
-def write_folder(root: Path, frames: int) -> None:
+def write_folder(root: Path, frames: int, different: int) -> None:
     """Writes an OpenEDS folder: rendered frames, each stored several times under another name."""
-    for number in range(UNIQUE):
+    for number in range(different):
         eye = render(number)
         encoded = cv2.imencode(".png", eye.image)[1].tobytes()
         for split, count in (("train", frames), ("validation", 1)):
-            for index in range(number, count, UNIQUE):
+            for index in range(number, count, different):
                 for kind in ("images", "labels"):
                     (root / split / kind).mkdir(parents=True, exist_ok=True)
                 (root / split / "images" / f"{index:06d}.png").write_bytes(encoded)
@@ -95,29 +94,26 @@ def build(dataset: Dataset, out: Path, workers: int) -> None:
         write_shards(dataset, "train", Path(folder), workers=workers, progress=False)
 
 
-def parts(dataset: Dataset, shards_dir: Path) -> dict[str, Callable[[], object]]:
-    """Returns what a frame costs, one after another, each over the `UNIQUE` frames."""
-    samples = list(dataset.read("train", 0, UNIQUE))
-    given = ShardColumns(UNIQUE)
-    for sample in samples:
-        given.append(sample, sample.image)
+def parts(dataset: Dataset, shards_dir: Path, count: int) -> dict[str, Callable[[], object]]:
+    """Returns what a frame costs, part by part, each over `count` frames."""
+    samples = list(dataset.read("train", 0, count))
     with open_shards(shards_dir) as shards:
-        stored = [shards.shards[0].row(row) for row in range(UNIQUE)]
+        stored = [shards.shards[0].row(row) for row in range(count)]
         path = shards.shards[0].path
     decoder, out = FrameDecoder(), np.empty((2, 400, 640), np.float32)
 
     def pack() -> None:
-        columns = ShardColumns(UNIQUE)
+        columns = ShardColumns(count)
         for sample in samples:
             columns.append(sample, sample.image)
 
     return {
-        "read PNG and label": lambda: list(dataset.read("train", 0, UNIQUE)),
+        "read PNG and label": lambda: list(dataset.read("train", 0, count)),
         "check": lambda: [check_sample(sample) for sample in samples],
         "u^2": lambda: [maps.squared_distance(sample.label) for sample in samples],
         "weights": lambda: [maps.spatial_weights(sample.label) for sample in samples],
         "u^2, weights, ellipses, pack, decode to compare": pack,
-        "digest": lambda: file_digest(path),
+        "digest of a shard": lambda: file_digest(path),
         "decode distance maps": lambda: [
             decoder.distances(row["dist_map"], row["dist_map_first"], row["label"], out)
             for row in stored
@@ -140,23 +136,27 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1024, help="of the split (1024)")
     parser.add_argument("--rounds", type=int, default=3, help="turns (3)")
     parser.add_argument("--dir", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument("--different", type=int, default=64, help="of the frames (64)")
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    frames = max(args.frames, UNIQUE)
+    different = min(args.different, args.frames, 64)  # what a shard holds
+    frames = args.frames
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         root = Path(folder)
-        write_folder(root / "eyes", frames)
+        write_folder(root / "eyes", frames, different)
         download(str(root / "eyes"), root / "raw")
         dataset = open_dataset(root / "raw")
-        few = list(dataset.read("train", 0, UNIQUE))
+        few = list(dataset.read("train", 0, different))
         work: dict[str, tuple[int, Callable[[], object]]] = {
             "earlier way: read, maps": (
-                UNIQUE,
-                lambda: [earlier_maps(s) for s in dataset.read("train", 0, UNIQUE)],
+                different,
+                lambda: [earlier_maps(s) for s in dataset.read("train", 0, different)],
             ),
             "earlier way: read, maps, parquet": (
-                UNIQUE,
-                lambda: earlier_parquet(root / "x.parquet", list(dataset.read("train", 0, UNIQUE))),
+                different,
+                lambda: earlier_parquet(
+                    root / "x.parquet", list(dataset.read("train", 0, different))
+                ),
             ),
             "shards, 1 process": (frames, partial(build, dataset, root, 1)),
             "shards, 2 processes": (frames, partial(build, dataset, root, 2)),
@@ -164,7 +164,7 @@ def main() -> None:
         times = measure(work, args.rounds)
         base = np.array(times["earlier way: read, maps"])
         print(machine_line("numpy", "scipy", "opencv-python", "pyarrow"))
-        print(f"{frames} frames, {UNIQUE} different; n = {args.rounds} rounds\n")
+        print(f"{frames} frames, {different} different; n = {args.rounds} rounds\n")
         print("| way | frames/s: median (min to max) | x the earlier way's maps |")
         print("| --- | --- | --- |")
         for name, found in times.items():
@@ -175,9 +175,9 @@ def main() -> None:
             )
         manifest = write_shards(dataset, "train", root / "train", progress=False)
         size = sum(entry["bytes"] for entry in manifest["files"])
-        costs = parts(dataset, root / "train")
-        spent = measure({name: (UNIQUE, call) for name, call in costs.items()}, 5 * args.rounds)
-        alone = measure({"four": (UNIQUE, lambda: [earlier_maps(s) for s in few])}, args.rounds)
+        costs = parts(dataset, root / "train", different)
+        spent = measure({name: (different, call) for name, call in costs.items()}, 5 * args.rounds)
+        alone = measure({"four": (different, lambda: [earlier_maps(s) for s in few])}, args.rounds)
         print("\n| part, one core | ms a frame: min / median | ")
         print("| --- | --- |")
         for name, found in (*spent.items(), ("earlier way, maps alone", alone["four"])):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
         ("networks --runs 1", "| efficientvit_tiny | 9,737 | 40.4 M |"),
         ("renderer --frames 12 --speed 4", "| border share of frame | up to 0.17 |"),
         ("augment --runs 1 --batch-size 2", "all, default shares"),
-        ("materialize --frames 64 --rounds 1", "| shards, 2 processes |"),
+        ("materialize --frames 8 --different 8 --rounds 1", "| shards, 2 processes |"),
         (
             "training --model efficientvit_tiny --frames 4 --rounds 1 --batch-size 2 --device cpu",
             "outside forward and backward",
