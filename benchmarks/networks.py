@@ -19,7 +19,7 @@ from benchmarks.machine import machine_line
 from pupilseg.export import INPUT_NAME, to_onnx
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.models import create_model, list_models
-from pupilseg.predict import onnx_session
+from pupilseg.network import onnx_session
 
 
 def multiply_adds(model: nn.Module) -> int:

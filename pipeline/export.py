@@ -1,6 +1,6 @@
 """Writes a trained network as ONNX, parity checked.
 
-python -m pipeline.export --model FILE.pt --out FILE.onnx
+python -m pipeline.export --model FILE.pt --out FILE.onnx [--calibrate DIR/validation]
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="a model file (*.pt)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write (*.onnx)")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="DIR",
+        help="shards of the validation split: confidence becomes the probability that the centre "
+        "is within 5 px (without: a raw score)",
+    )
     args = parser.parse_args()
-    report = export_onnx(args.model, args.out)
+    report = export_onnx(args.model, args.out, calibrate_on=args.calibrate)
     print(
         f"{args.out}: {report['bytes']:,} bytes, differs from torch by at most "
         f"{report['parity']:.1e} of the largest output (batches of 1, 2 and 7)"

@@ -1,4 +1,4 @@
-"""The command `pupilseg`: predict, info, bench, shards, upload-run."""
+"""The command `pupilseg`: predict, view, info, bench, shards, upload-run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pupilseg import __version__
+from pupilseg.cli_predict import add_predict_commands
 from pupilseg.cli_shards import add_shards_command
-from pupilseg.cli_table import print_table
-from pupilseg.errors import UsageError
-from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.program import positive_int, run
+from pupilseg.program import run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str] | None) -> int:
     """Parses the arguments and runs what they ask for."""
+    # What is wrong with a file we say ourselves; OpenCV reads these when it is imported.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     args = _parser().parse_args(argv)
     code: int = args.command(args)
     return code
@@ -50,30 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pupilseg {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    predict = commands.add_parser(
-        "predict",
-        help="find the pupil in images and folders",
-        description="Writes OUT/pupil.csv (a row a frame, none left out), OUT/overlays and, if "
-        "asked for, OUT/masks. Lengths are in the frame's own pixels. Exit code 1 if a file could "
-        "not be read; the others are done.",
-    )
-    predict.add_argument("paths", nargs="+", metavar="PATH", help="image, folder or pattern")
-    predict.add_argument("--model", type=Path, required=True, help="FILE.onnx")
-    predict.add_argument("--out", type=Path, required=True, help="directory for what is written")
-    predict.add_argument("--masks", action="store_true", help="also write masks as PNG (0, 255)")
-    predict.set_defaults(command=_predict)
-
-    info = commands.add_parser("info", help="say what a model file holds")
-    info.add_argument("file", type=Path, help="FILE.onnx or FILE.pt")
-    info.set_defaults(command=_info)
-
-    bench = commands.add_parser("bench", help="measure milliseconds a frame on this machine")
-    bench.add_argument("file", type=Path, help="FILE.onnx")
-    bench.add_argument("--repeats", type=positive_int, default=200, help="default: %(default)s")
-    bench.set_defaults(command=_bench)
-    for command in (predict, bench):
-        command.add_argument("--threads", type=positive_int, default=1, help="default: %(default)s")
-
+    add_predict_commands(commands)
     add_shards_command(commands)
 
     upload = commands.add_parser(
@@ -90,97 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _predict(args: argparse.Namespace) -> int:
-    """Finds pupils, and says how many."""
-    from pupilseg.predict import Predictor
-    from pupilseg.predict_files import CSV_NAME, predict_paths
-
-    _limit_threads(args.threads)
-    done = predict_paths(
-        Predictor(args.model, args.threads), args.paths, args.out, masks=args.masks
-    )
-    rate = f" ({done.frames / done.seconds:.0f} frames/s)" if done.frames else ""
-    print(
-        f"{done.frames} frames, {done.blinks} without a pupil, {len(done.failed)} failed"
-        f"{rate}: {args.out / CSV_NAME}"
-    )
-    return 1 if done.failed else 0
-
-
-def _info(args: argparse.Namespace) -> int:
-    """Prints what a model file says of itself."""
-    if args.file.suffix == ".pt":
-        lines = _checkpoint_lines(args.file)
-    elif args.file.suffix == ".onnx":
-        lines = _onnx_lines(args.file)
-    else:
-        raise UsageError(f"{args.file} has the suffix {args.file.suffix!r}, expected .pt or .onnx")
-    print_table({"file": f"{args.file} ({args.file.stat().st_size:,} bytes)"} | lines)
-    return 0
-
-
-def _onnx_lines(file: Path) -> dict[str, Any]:
-    """Returns what an ONNX file says, by heading."""
-    from pupilseg.predict import OUTPUT_SHAPES, OnnxNetwork
-
-    info = OnnxNetwork(file).info
-    name = "logits" if info.task == "segmentation" else "ellipse"
-    output = ", ".join(str(size) for size in OUTPUT_SHAPES[info.task])
-    return {
-        "model": f"{info.model} ({info.task}), written by pupilseg {info.version}",
-        "parameters": "not recorded" if info.parameters is None else f"{info.parameters:,}",
-        "input": f"image: uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalised inside",
-        "output": f"{name}: float32 (N, {output})",
-        "preprocessing": info.preprocessing,
-        "data": info.data,
-        "metrics": info.metrics,
-        "licence": info.licence,
-    }
-
-
-def _checkpoint_lines(file: Path) -> dict[str, Any]:
-    """Returns what a checkpoint says, by heading."""
-    try:
-        from pupilseg.checkpoint import load_model
-        from pupilseg.models import model_entry
-    except ImportError as error:
-        raise UsageError(
-            f"{file} needs the package torch; run `pip install 'pupilseg[train]'`"
-        ) from error
-    network = load_model(file)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]  # set by load_model
-    entry = model_entry(card["model"])
-    return {
-        "model": f"{card['model']} ({entry.task}): {entry.summary}",
-        "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
-        "input": f"float32 (N, 1, {HEIGHT}, {WIDTH}) in [-1, 1]: (x / 255 - 0.5) / 0.5",
-        "preprocessing": card.get("preprocessing", "not recorded"),
-        "data": card.get("data", "not recorded"),
-        "metrics": card.get("metrics", {}),
-        "licence": card.get("licence", "not recorded"),
-    }
-
-
-def _bench(args: argparse.Namespace) -> int:
-    """Measures and prints."""
-    from pupilseg.bench import measure
-
-    _limit_threads(args.threads)
-    found = measure(args.file, threads=args.threads, repeats=args.repeats)
-    print_table(
-        {
-            "end to end": f"{found['total_median_ms']:.2f} ms median, "
-            f"{found['total_p95_ms']:.2f} ms p95 (preprocessing, network, ellipse; no decoding)",
-            "network": f"{found['network_median_ms']:.2f} ms median, "
-            f"{found['network_p95_ms']:.2f} ms p95",
-            "measured on": f"{args.repeats} frames of {HEIGHT} x {WIDTH}, one a call, "
-            f"{args.threads} thread{'s' if args.threads > 1 else ''}",
-            "machine": found["machine"],
-        }
-    )
-    return 0
-
-
 def _upload_run(args: argparse.Namespace) -> int:
     """Sends what a server missed, and says what that was."""
     from pupilseg.upload import upload
@@ -194,13 +81,6 @@ def _upload_run(args: argparse.Namespace) -> int:
     if not done:
         print(f"{args.path}: nothing left to send")
     return 0
-
-
-def _limit_threads(threads: int) -> None:
-    """Keeps OpenCV, which resizes and equalises, to as many threads as ONNX Runtime."""
-    import cv2
-
-    cv2.setNumThreads(threads)
 
 
 if __name__ == "__main__":

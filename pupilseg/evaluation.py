@@ -8,26 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pupilseg.errors import CheckpointError, UsageError
+from pupilseg.calibration import reliability
+from pupilseg.errors import UsageError
 from pupilseg.files import atomic_path, write_json
+from pupilseg.judged import Certainty, check_preprocessing, frames_with_output, judge
+from pupilseg.model_files import open_model
 from pupilseg.plots import CENTER_AXIS_PX, read_history
-from pupilseg.predict import OnnxNetwork
-from pupilseg.progress import progress_bar
 from pupilseg.report import Example, write_report
 from pupilseg.scoring import FrameScores, masks_from_output, score_frames, share_within, summarise
 from pupilseg.shards import open_shards
-from pupilseg.shards.codec import IMAGE_TABLE, unpack_bits
-from pupilseg.shards.format import BITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from pupilseg.shards import ShardSet
-
-    Masks = Callable[[NDArray[np.uint8]], NDArray[np.bool_]]
-    """From preprocessed images, uint8 (N, 400, 640), to masks, bool (N, 400, 640)."""
+    Frame = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]
+    """Image, label, and the network's output."""
 
 EXAMPLES = 6
 """Pictures of each kind in the report."""
@@ -41,8 +38,10 @@ COLUMNS = (
     "is_blink",
     "area_px",
     "predicted_area_px",
+    "confidence",
 )
-"""Columns of per_frame.csv; the errors are empty where label or prediction has no pupil."""
+"""Columns of per_frame.csv; the errors are empty where label or prediction has no pupil. Confidence
+is the predictor's, in the pupil that it makes of the prediction; 0 where it makes none."""
 CURVE_POINTS = 101
 """Rows of iou_curve.csv and center_curve.csv, whatever the number of frames."""
 
@@ -67,8 +66,9 @@ def evaluate_model(
         history: a training run's history.csv, drawn into the report.
 
     Returns:
-        What metrics.json holds: `scoring.summarise`, model, model_file, preprocessing, data,
-        split. What there was no frame for is NaN here and null there.
+        What metrics.json holds: `scoring.summarise`, calibration_error (mean distance of
+        confidence and outcome), calibrated_on, model, model_file, preprocessing, data, split. What
+        there was no frame for is NaN here and null there.
 
     Raises:
         CheckpointError: the model file is missing, damaged or foreign.
@@ -82,113 +82,45 @@ def evaluate_model(
         raise UsageError(f"batch size is {batch_size}, expected 1 or more")
     curves = None if history is None else read_history(history)
     with open_shards(shards_dir) as shards:
-        name, trained, masks = load_masks(model, device)
-        applied = shards.manifest["preprocessing"]
-        if trained != applied:
-            raise UsageError(
-                f"{model} was trained on images with preprocessing {trained!r}, those in "
-                f"{shards_dir} have {applied!r}; give shards that `python -m pipeline.materialize "
-                f"--preprocessing {trained}` made from raw images, or a model trained on these"
-            )
-        every = range(len(shards))
-        pairs = ((label, mask) for _, label, mask in _frames(shards, masks, every, batch_size))
-        scores = score_frames(list(shards["name"]), pairs)
+        network = open_model(model, device)
+        check_preprocessing(shards, network.preprocessing, str(model))
+
+        def frames(indices: Sequence[int]) -> Iterator[Frame]:
+            return frames_with_output(shards, network.outputs, indices, batch_size, "evaluate")
+
+        judged: list[tuple[float, float]] = []
+
+        def pairs() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+            for image, label, output in frames(range(len(shards))):
+                judged.append(judge(image, label, output))
+                yield label, masks_from_output(output[None])[0]
+
+        scores = score_frames(list(shards["name"]), pairs())
+        certainty = Certainty(*np.array(judged).reshape(-1, 2).T)
+        confidence = certainty.confidence(network.calibration)
+        found = certainty.found
+        curve = reliability(confidence[found], certainty.good[found])
         metrics = summarise(scores) | {
-            "model": name,
+            "calibration_error": curve.error,
+            "calibrated_on": "" if network.calibration is None else network.calibration.data,
+            "model": network.name,
             "model_file": model.name,
-            "preprocessing": applied,
+            "preprocessing": network.preprocessing,
             "data": shards.manifest["source"],
             "split": shards.manifest["split"],
         }
         examples = {
             title: [
-                Example(_caption(scores, i), *frame)
-                for i, frame in zip(picks, _frames(shards, masks, picks, batch_size), strict=True)
+                Example(_caption(scores, i), image, label, masks_from_output(output[None])[0])
+                for i, (image, label, output) in zip(picks, frames(picks), strict=True)
             ]
             for title, picks in choose_examples(scores).items()
         }
-    write_tables(scores, out)
-    write_report(out / "report.html", metrics, scores, examples, curves)
+    write_tables(scores, confidence, out)
+    write_report(out / "report.html", metrics, scores, curve, examples, curves)
     # Last: whoever finds metrics.json finds all.
     write_json(out / "metrics.json", {k: None if v != v else v for k, v in metrics.items()})  # noqa: PLR0124 - NaN
     return metrics
-
-
-def load_masks(model: Path, device: str | None = None) -> tuple[str, str, Masks]:
-    """Opens a model file as a function from images to raw masks.
-
-    Args:
-        model: *.pt (needs torch) or *.onnx (needs onnxruntime).
-        device: for *.pt.
-
-    Returns:
-        The network's name, the preprocessing that its images went through, and the function.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or foreign.
-        UsageError: another kind of file, a device that is not there, a package not installed.
-    """
-    if model.suffix == ".pt":
-        return _load_torch(model, device)
-    if model.suffix != ".onnx":
-        raise UsageError(f"{model} has the suffix {model.suffix!r}, expected .pt or .onnx")
-    if device not in (None, "cpu"):
-        raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}; leave --device out")
-    network = OnnxNetwork(model)
-    info = network.info
-    return info.model, info.preprocessing, lambda images: masks_from_output(network(images))
-
-
-def _load_torch(model: Path, device: str | None) -> tuple[str, str, Masks]:
-    """Opens a checkpoint; see `load_masks`."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UsageError(
-            f"{model} needs the package torch; run `pip install 'pupilseg[train]'`, or export it "
-            "to ONNX where torch is installed"
-        ) from error
-    from pupilseg.checkpoint import load_model
-    from pupilseg.device import find_device
-    from pupilseg.metrics import predicted_mask
-
-    chosen = find_device(device)
-    network = load_model(model, chosen)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]  # set by load_model
-
-    def masks(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        batch = torch.from_numpy(IMAGE_TABLE[images][:, None]).to(chosen)
-        with torch.inference_mode():
-            output = network(batch)
-        # Ellipses are drawn by one routine for both forms, so only the numbers can differ.
-        if output.ndim == 4:
-            found: NDArray[np.bool_] = predicted_mask(output).cpu().numpy()
-            return found
-        return masks_from_output(output.cpu().numpy())
-
-    preprocessing = card.get("preprocessing")
-    if preprocessing is None:
-        raise CheckpointError(
-            f"{model} does not say which preprocessing its images went through; train it with "
-            "`python -m pipeline.train`"
-        )
-    return card["model"], preprocessing, masks
-
-
-def _frames(
-    shards: ShardSet, masks: Masks, indices: Sequence[int], batch_size: int
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]]:
-    """Yields image, label and predicted mask of samples, (400, 640) each."""
-    # The label alone is decoded: a sample's distance maps would take ten times as long.
-    packed = shards.encoding("label") == BITS
-    images = shards["image"]
-    starts = range(0, len(indices), batch_size)
-    for start in progress_bar(starts, "evaluate", unit="batch"):
-        part = indices[start : start + batch_size]
-        batch = np.stack([images[i] for i in part])
-        for i, image, mask in zip(part, batch, masks(batch), strict=True):
-            label = unpack_bits(shards["label"][i]) if packed else shards.sample(i)["label"]
-            yield image, label, mask
 
 
 def choose_examples(scores: FrameScores) -> dict[str, list[int]]:
@@ -227,7 +159,7 @@ def _caption(scores: FrameScores, index: int) -> str:
     return f"{scores.names[index]}: {verdict}"
 
 
-def write_tables(scores: FrameScores, out: Path) -> None:
+def write_tables(scores: FrameScores, confidence: NDArray[np.float64], out: Path) -> None:
     """Writes per_frame.csv, iou_curve.csv and center_curve.csv; NaN is an empty cell.
 
     Raises:
@@ -243,6 +175,7 @@ def write_tables(scores: FrameScores, out: Path) -> None:
         scores.is_blink.astype(int),
         scores.area_px,
         scores.predicted_area_px,
+        confidence,
     )
     _write_csv(out / "per_frame.csv", COLUMNS, columns)
     open_eye = ~scores.is_blink

@@ -50,30 +50,46 @@ class Normalised(nn.Module):
         return out
 
 
-def export_onnx(model_file: Path, out: Path) -> dict[str, Any]:
+def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None) -> dict[str, Any]:
     """Writes a model file as ONNX, after comparing it with torch in ONNX Runtime.
 
     Args:
         model_file: written by `pupilseg.checkpoint.save_model`.
         out: the `*.onnx` to write; appears only once size and parity hold.
+        calibrate_on: shards of the validation split, on which the confidence is fitted; None for a
+            raw score.
 
     Returns:
         bytes, parity (largest relative difference), and the metadata stored in the file.
 
     Raises:
         CheckpointError: the model file is damaged or foreign, or parity fails.
-        UsageError: the package onnx or onnxscript is not installed, or the file is too large.
+        DataError: the shards are missing or damaged.
+        UsageError: the package onnx or onnxscript is not installed, the file is too large, or the
+            shards' images went through another preprocessing than the model's.
         OutputError: `out` cannot be written.
     """
     model = load_model(model_file)
     card: dict[str, Any] = model.card  # type: ignore[assignment]  # set by load_model
     task = model_entry(card["model"]).task
+    if calibrate_on is not None:
+        from pupilseg.judged import calibrate, check_preprocessing
+        from pupilseg.network import OnnxNetwork
+        from pupilseg.shards import open_shards
+
+        with open_shards(calibrate_on) as shards:  # before the seconds that tracing takes
+            check_preprocessing(shards, card.get("preprocessing", "none"), str(model_file))
     proto = to_onnx(model, OUTPUT_NAMES[task])
     parameters = sum(p.numel() for p in model.parameters())
     metadata = {**metadata_of(card, task, str(model_file)), "parameters": str(parameters)}
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     encoded = proto.SerializeToString(deterministic=True)
+    if calibrate_on is not None:
+        calibration = calibrate(OnnxNetwork(encoded), str(model_file), calibrate_on)
+        metadata["calibration"] = calibration.to_json()
+        proto.metadata_props.add(key="calibration", value=metadata["calibration"])
+        encoded = proto.SerializeToString(deterministic=True)
     if len(encoded) >= MAX_BYTES:
         raise UsageError(
             f"{out} would take {len(encoded):,} bytes, the limit is {MAX_BYTES:,}; train a network "
@@ -188,7 +204,7 @@ def check_parity(encoded: bytes, model: nn.Module, name: str) -> float:
     Raises:
         CheckpointError: it exceeds `PARITY_TOLERANCE`.
     """
-    from pupilseg.predict import onnx_session
+    from pupilseg.network import onnx_session
 
     session = onnx_session(encoded, threads=1)
     random = np.random.default_rng(0)

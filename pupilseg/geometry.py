@@ -45,21 +45,27 @@ class Ellipse(NamedTuple):
 
 def _moments(mask: NDArray[np.generic]) -> tuple[float, float, float, float, float] | None:
     """Returns mean x, mean y, var x, var y, cov xy of the set pixels; None if there are none."""
-    foreground = np.asarray(mask) != 0
-    y = np.flatnonzero(foreground.any(axis=1))
-    x = np.flatnonzero(foreground.any(axis=0))
+    return _weighted_moments(np.asarray(mask) != 0)
+
+
+def _weighted_moments(
+    weights: NDArray[np.generic],
+) -> tuple[float, float, float, float, float] | None:
+    """Returns `_moments` of pixels that count by their weight, >= 0; None if all are 0."""
+    y = np.flatnonzero(weights.any(axis=1))
+    x = np.flatnonzero(weights.any(axis=0))
     if not len(y):
         return None
     # Within the bounding box: 0.05 ms for a pupil where the whole frame takes 0.34.
-    foreground = foreground[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+    weights = weights[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
     y, x = np.arange(y[0], y[-1] + 1), np.arange(x[0], x[-1] + 1)
-    rows = foreground.sum(axis=1, dtype=np.float64)
-    columns = foreground.sum(axis=0, dtype=np.float64)
+    rows = weights.sum(axis=1, dtype=np.float64)
+    columns = weights.sum(axis=0, dtype=np.float64)
     area = rows.sum()
     mean_x, mean_y = columns @ x / area, rows @ y / area
     var_x = columns @ (x - mean_x) ** 2 / area
     var_y = rows @ (y - mean_y) ** 2 / area
-    cov = (y - mean_y) @ (foreground @ (x - mean_x)) / area
+    cov = (y - mean_y) @ (weights @ (x - mean_x)) / area
     return float(mean_x), float(mean_y), float(var_x), float(var_y), float(cov)
 
 
@@ -77,7 +83,16 @@ def ellipse_from_mask(mask: NDArray[np.generic]) -> Ellipse | None:
     Returns:
         The ellipse in pixels, or None where the mask is empty (a blink).
     """
-    moments = _moments(mask)
+    return ellipse_from_weights(np.asarray(mask) != 0)
+
+
+def ellipse_from_weights(weights: NDArray[np.generic]) -> Ellipse | None:
+    """Returns what `ellipse_from_mask` does, of pixels that count by their weight.
+
+    Args:
+        weights: (H, W), bool or float, >= 0: the share of each pixel that is pupil.
+    """
+    moments = _weighted_moments(weights)
     if moments is None:
         return None
     x, y, var_x, var_y, cov = moments

@@ -12,9 +12,9 @@ import numpy as np
 from IPython.display import FileLink, Image, display
 
 from pupilseg.colab import download, in_colab
-from pupilseg.evaluation import load_masks
 from pupilseg.geometry import ELLIPSE_SCALE
 from pupilseg.history import epoch_line
+from pupilseg.model_files import open_model
 from pupilseg.pictures import compare, encode, sheet
 from pupilseg.plots import loss_curves, read_history, training_curves
 from pupilseg.shards import open_shards
@@ -90,7 +90,7 @@ def show_frames(split_dir: Path, model_file: Path | None = None, count: int = 4)
     tiles = [[compare(*pair, nothing)] for pair in zip(images, labels, strict=True)]
     print("green: label" if model_file is None else "left, green: label; right, red: prediction")
     if model_file is not None:
-        _, _, masks = load_masks(model_file)
+        masks = open_model(model_file).masks
         for row, image, mask in zip(tiles, images, masks(images), strict=True):
             row.append(compare(image, nothing, mask))
     print("frames:", *(sample["name"] for sample in samples))

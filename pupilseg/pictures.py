@@ -48,6 +48,16 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     return np.asarray(image, dtype=np.uint8)
 
 
+def to_grey(picture: NDArray[Any]) -> NDArray[np.uint8]:
+    """Returns a decoded picture as uint8 (H, W): BGR and BGRA become grey, 16 bits become 8."""
+    if picture.dtype == np.uint16:
+        picture = (picture >> 8).astype(np.uint8)
+    if picture.ndim == 3 and picture.shape[2] > 1:
+        code = cv2.COLOR_BGRA2GRAY if picture.shape[2] == 4 else cv2.COLOR_BGR2GRAY
+        picture = cv2.cvtColor(picture, code)
+    return np.asarray(picture, dtype=np.uint8).reshape(picture.shape[:2])
+
+
 def encode(image: NDArray[np.uint8], suffix: str) -> bytes:
     """Returns an image, grey or BGR, as the bytes of a ".png" or ".jpg" file."""
     quality = [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else []

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pupilseg.calibration import GOOD_PX
 from pupilseg.errors import DataError, UsageError
-from pupilseg.scoring import GOOD_PX, share_within
+from pupilseg.scoring import share_within
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from pupilseg.calibration import Reliability
 
 CENTER_AXIS_PX = 10.0
 """Centre errors beyond this are past the right end of the curve."""
@@ -78,6 +81,27 @@ def center_curve(center_error_px: NDArray[np.float64]) -> bytes:
         axes.set_title(f"{100 * within:.1f} % within {GOOD_PX:g} px", fontsize=9)
     axes.set(xlabel="centre error (px)", ylabel="share of frames with a pupil")
     axes.set(xlim=(0, CENTER_AXIS_PX), ylim=(0, 1.02))
+    return _png(figure)
+
+
+def reliability_curve(curve: Reliability) -> bytes:
+    """Draws what share of frames of like confidence has the centre within 5 px.
+
+    Args:
+        curve: of the frames where a pupil was found; the size of a dot is its number of frames.
+
+    Returns:
+        A PNG file.
+    """
+    figure, (axes,) = _figure(1)
+    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=":")
+    axes.plot(curve.confidence, curve.share_good, color=_BLUE, linewidth=1.2)
+    if len(curve.frames):
+        sizes = 60 * curve.frames / curve.frames.max()
+        axes.scatter(curve.confidence, curve.share_good, s=sizes, color=_BLUE)
+        axes.set_title(f"off by {curve.error:.3f} in the mean", fontsize=9)
+    axes.set(xlabel="confidence", ylabel=f"share within {GOOD_PX:g} px")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     return _png(figure)
 
 

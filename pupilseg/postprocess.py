@@ -13,6 +13,7 @@ from pupilseg.geometry import (
     WIDTH,
     Ellipse,
     ellipse_from_mask,
+    ellipse_from_weights,
     ellipse_mask,
     letterbox_box,
 )
@@ -179,12 +180,16 @@ class Blob(NamedTuple):
         ellipse: with its second moments.
         area_px: set pixels.
         fill: area over the area of `ellipse`, at most about 1; 1 for a whole ellipse.
+        rows: of its bounding box.
+        columns: of its bounding box.
     """
 
     mask: NDArray[np.uint8]
     ellipse: Ellipse
     area_px: int
     fill: float
+    rows: slice
+    columns: slice
 
 
 def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
@@ -225,12 +230,43 @@ def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
         if b < MIN_ASPECT * a or area < MIN_FILL * math.pi * a * b:
             continue
         blob = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-        blob[y : y + height, x : x + width] = part
-        ellipse = local._replace(
-            center_x_px=local.center_x_px + x, center_y_px=local.center_y_px + y
-        )
-        return Blob(blob, ellipse, area, min(1.0, area / (math.pi * a * b)))
+        rows, columns = slice(y, y + height), slice(x, x + width)
+        blob[rows, columns] = part
+        fill = min(1.0, area / (math.pi * a * b))
+        return Blob(blob, moved(local, x, y), area, fill, rows, columns)
     return None
+
+
+def moved(ellipse: Ellipse, x: int, y: int) -> Ellipse:
+    """Returns an ellipse of a window as one of the image that has the window at (x, y)."""
+    return ellipse._replace(
+        center_x_px=ellipse.center_x_px + x, center_y_px=ellipse.center_y_px + y
+    )
+
+
+def sub_pixel_ellipse(blob: Blob, margin: NDArray[np.float32], box: Letterbox) -> Ellipse:
+    """Returns the ellipse with the blob's second moments, its border where the margin is zero.
+
+    A pixel at the border counts by the share of it that lies inside, which the margin and its slope
+    tell (docs/benchmarks.md compares other readings).
+
+    Args:
+        blob: of `margin > 0`.
+        margin: float32 (400, 640), the logits' difference.
+        box: where the frame lies; what is beside it does not count.
+    """
+    rows, columns = (
+        slice(max(part.start - 1, shown.start), min(part.stop + 1, shown.stop))
+        for part, shown in zip((blob.rows, blob.columns), box.content, strict=True)
+    )
+    part = margin[rows, columns]
+    near = cv2.dilate(blob.mask[rows, columns], np.ones((3, 3), dtype=np.uint8))
+    along_y, along_x = np.gradient(part)
+    slope = np.maximum(np.maximum(np.abs(along_y), np.abs(along_x)), np.float32(1e-6))
+    share = np.clip(0.5 + part / slope, 0, 1) * near
+    found = ellipse_from_weights(share)
+    assert found is not None  # every pixel of the blob counts for half or more
+    return moved(found, columns.start, rows.start)
 
 
 def blob_confidence(
@@ -283,8 +319,6 @@ def draw_ellipse(ellipse: Ellipse, shape: tuple[int, int]) -> NDArray[np.uint8]:
     right = max(left, min(shape[1], math.ceil(ellipse.center_x_px + reach_x) + 1))
     bottom = max(top, min(shape[0], math.ceil(ellipse.center_y_px + reach_y) + 1))
     mask = np.zeros(shape, dtype=np.uint8)
-    local = ellipse._replace(
-        center_x_px=ellipse.center_x_px - left, center_y_px=ellipse.center_y_px - top
-    )
+    local = moved(ellipse, -left, -top)
     mask[top:bottom, left:right] = ellipse_mask(local, (bottom - top, right - left))
     return mask

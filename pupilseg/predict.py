@@ -4,43 +4,36 @@
     mask, ellipse, confidence = predictor(frame)  # frame: uint8 (H, W)
 
 What a network needs done to its images is read from the file's metadata, so a caller cannot get it
-wrong. This is the only module that imports onnxruntime.
+wrong.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pupilseg.errors import CheckpointError, UsageError
-from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_from_vector
+from pupilseg.geometry import Ellipse, ellipse_from_vector
+from pupilseg.network import OnnxNetwork
 from pupilseg.postprocess import (
     Letterbox,
     blob_confidence,
     draw_ellipse,
     ellipse_confidence,
     find_blob,
+    sub_pixel_ellipse,
 )
-from pupilseg.preprocess import PREPROCESSINGS, get_preprocessing
+from pupilseg.preprocess import get_preprocessing
+from pupilseg.streams import ahead
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable
 
     from numpy.typing import NDArray
 
-OUTPUT_SHAPES: dict[str, tuple[int, ...]] = {
-    "segmentation": (2, HEIGHT, WIDTH),
-    "ellipse": (4,),
-}
-"""Shape of the output for one frame, by task; the outputs' names are `logits` and `ellipse`."""
 BATCH_SIZE = 16
 """Frames that `Predictor.batch` gives the network at once; their logits take 33 MB."""
-_EXPORT = "python -m pipeline.export --model FILE.pt --out FILE.onnx"
 
 
 class Prediction(NamedTuple):
@@ -49,8 +42,9 @@ class Prediction(NamedTuple):
     Attributes:
         mask: uint8 (H, W) of {0, 1}; all zero where no pupil was found.
         ellipse: None where no pupil was found: a closed eye is an answer, not an error.
-        confidence: 0 .. 1, and 0 where no pupil was found. `postprocess.blob_confidence` for
-            segmentation networks, `postprocess.ellipse_confidence` for ellipse networks.
+        confidence: 0 .. 1, and 0 where no pupil was found. The probability that the centre is
+            within 5 px (of the network's 640 x 400) where the model file holds a calibration; else
+            the raw score, `postprocess.blob_confidence` or `postprocess.ellipse_confidence`.
     """
 
     mask: NDArray[np.uint8]
@@ -58,166 +52,35 @@ class Prediction(NamedTuple):
     confidence: float
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What an ONNX file says of itself.
-
-    Attributes:
-        model: name in the registry.
-        task: "segmentation" or "ellipse".
-        version: of pupilseg that wrote it.
-        preprocessing: name in `preprocess.PREPROCESSINGS`, done before the network.
-        data: what it was trained on.
-        licence: of the weights.
-        metrics: validation scores by name.
-        parameters: trainable numbers; None where the file does not say.
-    """
-
-    model: str
-    task: str
-    version: str
-    preprocessing: str
-    data: str
-    licence: str
-    metrics: dict[str, Any] = field(default_factory=dict)
-    parameters: int | None = None
-
-
-def onnx_session(model: str | os.PathLike[str] | bytes, threads: int = 1) -> Any:
-    """Opens an ONNX file, or its bytes, in ONNX Runtime on the CPU.
-
-    Returns:
-        An `onnxruntime.InferenceSession`.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not ONNX.
-        UsageError: onnxruntime is not installed, or threads is not positive.
-    """
-    try:
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as faults
-    except ImportError as error:
-        raise UsageError(
-            "predicting needs the package onnxruntime; run `pip install 'pupilseg[predict]'`"
-        ) from error
-    if threads < 1:
-        raise UsageError(f"threads is {threads}, expected 1 or more")
-    name, encoded = ("ONNX bytes", model) if isinstance(model, bytes) else _read(Path(model))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; they come as exceptions, warnings concern no user
-    try:
-        return onnxruntime.InferenceSession(
-            encoded, sess_options=options, providers=["CPUExecutionProvider"]
-        )
-    except (
-        faults.Fail,
-        faults.InvalidArgument,
-        faults.InvalidGraph,
-        faults.InvalidProtobuf,
-        faults.NotImplemented,
-        faults.RuntimeException,
-    ) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{name} is damaged or not an ONNX model ({reason}); export it again with: {_EXPORT}"
-        ) from error
-
-
-def _read(path: Path) -> tuple[str, bytes]:
-    """Returns the name and the bytes of a model file."""
-    if path.suffix == ".pt":
-        raise CheckpointError(f"{path} is a checkpoint, expected ONNX; make one with: {_EXPORT}")
-    try:
-        encoded = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no model file {path}; make one with: {_EXPORT}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read the model file {path}: {error.strerror}") from error
-    if not encoded:
-        raise CheckpointError(f"{path} is empty, expected ONNX; make it again with: {_EXPORT}")
-    return str(path), encoded
-
-
-class OnnxNetwork:
-    """A network from an ONNX file of ours, and what the file says of itself.
+def pupil_from_output(
+    output: NDArray[np.float32], image: NDArray[np.uint8], box: Letterbox
+) -> Prediction:
+    """Returns the pupil that a network's output for one frame stands for; confidence is raw.
 
     Args:
-        path: written by `pipeline.export`.
-        threads: of ONNX Runtime.
-
-    Attributes:
-        info: the metadata.
-
-    Raises:
-        CheckpointError: missing, damaged, or not written by pupilseg.
+        output: logits (2, 400, 640), or a normalised ellipse (4,).
+        image: uint8 (400, 640), what the network saw.
+        box: where the frame lies in it.
     """
-
-    def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
-        self.path = Path(path)
-        self._session = onnx_session(path, threads)
-        self.info = _info(self._session, self.path)
-
-    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Runs the network.
-
-        Args:
-            images: uint8 (N, 400, 640), preprocessed.
-
-        Returns:
-            float32: logits (N, 2, 400, 640), or normalised ellipses (N, 4).
-
-        Raises:
-            CheckpointError: the file gives something else, so it is not ours.
-        """
-        output: NDArray[np.float32]
-        (output,) = self._session.run(None, {"image": images[:, None]})
-        expected = (len(images), *OUTPUT_SHAPES[self.info.task])
-        if output.shape != expected:
-            raise CheckpointError(
-                f"{self.path} gives {output.shape} for {len(images)} frames, expected {expected}; "
-                f"export it again with: {_EXPORT}"
-            )
-        return output
-
-
-def _info(session: Any, path: Path) -> ModelInfo:
-    """Returns a file's metadata, after checking that it has our input and output."""
-    stored: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    required = ("model", "task", "version", "preprocessing", "data", "licence", "metrics")
-    missing = [key for key in required if key not in stored]
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    problem = None
-    if missing:
-        problem = f"its metadata lack {', '.join(missing)}"
-    elif stored["task"] not in OUTPUT_SHAPES:
-        problem = f"task is {stored['task']!r}, expected one of: {', '.join(OUTPUT_SHAPES)}"
-    elif stored["preprocessing"] not in PREPROCESSINGS:
-        problem = (
-            f"preprocessing is {stored['preprocessing']!r}, this version knows: "
-            f"{', '.join(PREPROCESSINGS)}; upgrade pupilseg"
-        )
-    elif (
-        [(i.name, i.type, list(i.shape[1:])) for i in inputs]
-        != [("image", "tensor(uint8)", [1, HEIGHT, WIDTH])]
-        or isinstance(inputs[0].shape[0], int)
-        or len(outputs) != 1
-    ):
-        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-        problem = f"it takes {found}, expected image tensor(uint8) [N, 1, {HEIGHT}, {WIDTH}]"
-    if problem is None:
-        try:
-            metrics = json.loads(stored["metrics"])
-            parameters = int(stored["parameters"]) if "parameters" in stored else None
-        except ValueError as error:
-            problem = f"its metadata cannot be read: {error}"
-    if problem is not None:
-        raise CheckpointError(
-            f"{path} was not written by pupilseg: {problem}; make one with: {_EXPORT}"
-        )
-    texts = {key: stored[key] for key in required if key != "metrics"}
-    return ModelInfo(**texts, metrics=metrics, parameters=parameters)
+    shape = (box.frame_height, box.frame_width)
+    nothing = Prediction(np.zeros(shape, dtype=np.uint8), None, 0.0)
+    if output.ndim == 1:
+        ellipse = ellipse_from_vector(output)
+        if ellipse is None:
+            return nothing
+        confidence = ellipse_confidence(ellipse, image, box)
+        ellipse = box.ellipse_to_frame(ellipse)
+        return Prediction(draw_ellipse(ellipse, shape), ellipse, confidence)
+    margin = output[1] - output[0]
+    raw = margin > 0
+    blob = find_blob(raw, box)
+    if blob is None:
+        return nothing
+    return Prediction(
+        box.mask_to_frame(margin, blob.mask),
+        box.ellipse_to_frame(sub_pixel_ellipse(blob, margin, box)),
+        blob_confidence(blob, margin, raw, box),
+    )
 
 
 class Predictor:
@@ -263,29 +126,32 @@ class Predictor:
             found += [self._predict(*row) for row in rows]
         return found
 
+    def stream(
+        self, frames: Iterable[NDArray[np.uint8]], *, slots: int = 2
+    ) -> Generator[Prediction]:
+        """Yields the pupil of each frame, in order, as `predictor(frame)` gives it.
+
+        A thread draws the frames and runs the network while the caller works on earlier ones.
+
+        Args:
+            frames: uint8 (H, W) each; may be endless, such as a camera's.
+            slots: pupils that may wait for the caller; 0 for no thread: a frame is then drawn
+                only when its pupil is asked for.
+
+        Raises:
+            ValueError: a frame has another dtype or shape.
+        """
+        found = (self(frame) for frame in frames)
+        return ahead(found, slots) if slots else found
+
     def _predict(
         self, output: NDArray[np.float32], image: NDArray[np.uint8], box: Letterbox
     ) -> Prediction:
         """Turns one frame's output into its pupil."""
-        shape = (box.frame_height, box.frame_width)
-        nothing = Prediction(np.zeros(shape, dtype=np.uint8), None, 0.0)
-        if self.info.task == "ellipse":
-            ellipse = ellipse_from_vector(output)
-            if ellipse is None:
-                return nothing
-            confidence = ellipse_confidence(ellipse, image, box)
-            ellipse = box.ellipse_to_frame(ellipse)
-            return Prediction(draw_ellipse(ellipse, shape), ellipse, confidence)
-        margin = output[1] - output[0]
-        raw = margin > 0
-        blob = find_blob(raw, box)
-        if blob is None:
-            return nothing
-        return Prediction(
-            box.mask_to_frame(margin, blob.mask),
-            box.ellipse_to_frame(blob.ellipse),
-            blob_confidence(blob, margin, raw, box),
-        )
+        found = pupil_from_output(output, image, box)
+        if found.ellipse is None or self.info.calibration is None:
+            return found
+        return found._replace(confidence=self.info.calibration(found.confidence))
 
 
 def _checked(frame: NDArray[np.generic]) -> tuple[int, int]:
@@ -294,6 +160,14 @@ def _checked(frame: NDArray[np.generic]) -> tuple[int, int]:
     Raises:
         ValueError: it is not uint8 (H, W), or has no pixel.
     """
-    if frame.ndim != 2 or frame.dtype != np.uint8 or not frame.size:
-        raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 (H, W)")
-    return frame.shape
+    if frame.ndim == 2 and frame.dtype == np.uint8 and frame.size:
+        return frame.shape
+    mend = "give a frame with at least one pixel"
+    if frame.dtype == np.uint16:
+        mend = "bring 16 bits to 8: (frame >> 8).astype(np.uint8)"
+    elif frame.dtype != np.uint8:
+        mend = "bring its greys to 0 .. 255 and convert it: frame.astype(np.uint8)"
+    elif frame.ndim == 3 and frame.size:
+        mend = "make colour grey: cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY); for frames one after the"
+        mend += " other use batch or stream"
+    raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 (H, W); {mend}")

@@ -1,186 +1,304 @@
-"""Runs a predictor over images and folders: pupil.csv, overlays, masks.
+"""Runs a predictor over images, folders, videos and cameras: pupil.csv, overlays, masks.
 
 A file that cannot be read is reported and counted, and the others are done. Every frame that was
-read has its row, closed eyes too.
+read has its row, closed eyes too. Reading, the network, and drawing and writing are three steps in
+three threads, in order; with or without threads the same bytes are written.
 """
 
 from __future__ import annotations
 
-import csv
-import glob
+import hashlib
 import logging
-import re
 import time
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pupilseg.errors import DataError
-from pupilseg.files import atomic_path
+from pupilseg.files import directory_lock
+from pupilseg.inputs import find_sources
 from pupilseg.pictures import overlay, read_image, write_image
+from pupilseg.progress import progress_bar
+from pupilseg.pupil_table import COLUMNS, MM_COLUMN, Journal, row
+from pupilseg.streams import ahead
+from pupilseg.video import Frame, Video, VideoFile, announced_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pupilseg.inputs import Source
     from pupilseg.predict import Prediction, Predictor
+    from pupilseg.roi import Roi
 
 log = logging.getLogger(__name__)
 
-COLUMNS = (
-    "file",
-    "frame",
-    "time_s",
-    "center_x_px",
-    "center_y_px",
-    "semi_axis_a_px",
-    "semi_axis_b_px",
-    "angle_rad",
-    "diameter_px",
-    "area_px",
-    "confidence",
-    "is_blink",
-)
-"""Columns of pupil.csv, one row a frame.
-
-Lengths are in the frame's own pixels, pixel centres at integers, angles from +x towards +y, down.
-`diameter_px` is 2 * semi_axis_a_px, the axis that a slanted view does not shorten; `area_px` counts
-mask pixels. Where no pupil was found (`is_blink` 1) the ellipse's five and the diameter are empty,
-area and confidence 0. `time_s` is empty for single images.
-"""
-CSV_NAME = "pupil.csv"
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+OVERLAYS = "overlays"
+"""Directory of the overlays, below that of a run."""
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is written, and where pupils are looked for.
+
+    Attributes:
+        overlays: pictures, or a video, with outline and centre.
+        masks: a PNG (0 and 255) a frame.
+        skip_existing: go on with what an earlier run left in the same directory.
+        mm_per_px: size of a pixel of the frame at the eye; adds `diameter_mm`.
+        roi: the part of each frame that the network sees.
+        threads: three threads, or all steps one after the other in the caller's.
+    """
+
+    overlays: bool = True
+    masks: bool = False
+    skip_existing: bool = False
+    mm_per_px: float | None = None
+    roi: Roi | None = None
+    threads: bool = True
+
+
+@dataclass(slots=True)
+class Outcome:
     """What came of a run.
 
     Attributes:
         frames: predicted.
         blinks: of them without a pupil.
-        failed: messages, one a path that could not be read.
+        skipped: sources that an earlier run had finished.
+        failed: messages, one a path that could not be read whole.
         seconds: taken by all.
     """
 
-    frames: int
-    blinks: int
-    failed: list[str]
-    seconds: float
+    frames: int = 0
+    blinks: int = 0
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class _Start(NamedTuple):
+    """Stands before the first frame of a source that could be opened.
+
+    Attributes:
+        source: the source.
+        fps: frames a second that it announces; 0 where it does not.
+    """
+
+    source: Source
+    fps: float
+
+
+class _End(NamedTuple):
+    """Stands behind the last frame of a source, and for one that could not be opened.
+
+    Attributes:
+        source: the source.
+        failed: what was wrong with it; "" where nothing was.
+    """
+
+    source: Source
+    failed: str
+
+
+class _Found(NamedTuple):
+    """A frame with its pupil, in the frame's own pixels."""
+
+    frame: Frame
+    prediction: Prediction
 
 
 def predict_paths(
-    predictor: Predictor, paths: Sequence[str], out: Path, *, masks: bool = False
+    predictor: Predictor,
+    paths: Sequence[str],
+    out: Path,
+    options: Options | None = None,
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Predicts images, folders of images and glob patterns, and writes what was found.
+    """Predicts what paths mean, and writes what was found.
 
     Args:
         predictor: with its model.
-        paths: as a user gives them; folders are searched in depth.
-        out: gets pupil.csv, overlays/NAME.jpg and, if asked for, masks/NAME.png (0 and 255).
-        masks: write the masks.
+        paths: as a user gives them; see `inputs.find_sources`.
+        out: gets pupil.csv, overlays/NAME.jpg (of a video NAME.mp4) and, if asked for,
+            masks/NAME.png (of a video NAME/000000.png and so on).
+        options: the usual ones by default.
+        stop: asked before each frame of a camera, which has no end of its own.
 
     Raises:
         OutputError: `out` cannot be written.
+        UsageError: `out` holds results of other options that were to be kept.
+        LockedError: another process writes there.
+        CheckpointError: the model gives what no model of ours gives.
     """
     started = time.perf_counter()
-    files, failed = find_images(paths)
-    for message in failed:
-        log.error("%s", message)
-    frames = blinks = 0
+    options = options or Options()
     out = Path(out)
+    settings = {
+        "model": hashlib.sha256(predictor.network.path.read_bytes()).hexdigest()[:16],
+        "roi": None if options.roi is None else list(options.roi),
+        "mm_per_px": options.mm_per_px,
+        "overlays": options.overlays,
+        "masks": options.masks,
+    }
+    done = Outcome()
     with (
-        atomic_path(out / CSV_NAME) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as handle,
+        directory_lock(out),
+        Journal(out, settings, keep=options.skip_existing) as journal,
         logging_redirect_tqdm([logging.getLogger("pupilseg")]),
     ):
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        bar = tqdm(output_names(files), "predict", unit="frame", disable=None, dynamic_ncols=True)
-        for file, name in bar:
-            try:
-                image = read_image(file)
-            except DataError as error:
-                failed.append(str(error))
-                log.error("%s", error)  # noqa: TRY400 - a traceback tells the user nothing
-                continue
-            prediction = predictor(image)
-            frames += 1
-            blinks += prediction.ellipse is None
-            writer.writerow([str(file), 0, "", *row(prediction)])
-            write_image(out / "overlays" / f"{name}.jpg", overlay(image, prediction))
-            if masks:
-                write_image(out / "masks" / f"{name}.png", prediction.mask * 255)
-    return Outcome(frames, blinks, failed, time.perf_counter() - started)
+        names = {key: record.name for key, record in journal.done.items()}
+        sources, done.failed = find_sources(paths, names)
+        for message in done.failed:
+            log.error("%s", message)
+        todo = [source for source in sources if not journal.is_done(source)]
+        done.skipped = len(sources) - len(todo)
+        writer = _Writer(out, options, journal, done)
+        step = ahead if options.threads else iter
+        found = step(_predict(predictor, step(_read(todo, stop)), options.roi))
+        bar = progress_bar(None, "predict", unit="frame")
+        if not bar.disable:
+            bar.total = _announced(todo)
+        with bar, closing(writer), closing(found):
+            for item in found:
+                bar.update(writer.take(item))
+        journal.write_csv(COLUMNS if options.mm_per_px is None else (*COLUMNS, MM_COLUMN))
+    done.seconds = time.perf_counter() - started
+    return done
 
 
-def row(prediction: Prediction) -> list[str]:
-    """Returns the columns of pupil.csv from center_x_px on."""
-    area = str(int(prediction.mask.sum(dtype=int)))
-    if prediction.ellipse is None:
-        return [*[""] * 6, area, "0", "1"]
-    ellipse = prediction.ellipse
-    diameter = 2 * ellipse.semi_axis_a_px
-    numbers = [f"{value:.3f}" for value in ellipse[:4]]
-    angle, confidence = f"{ellipse.angle_rad:.5f}", f"{prediction.confidence:.4f}"
-    return [*numbers, angle, f"{diameter:.3f}", area, confidence, "0"]
+def _announced(sources: Iterable[Source]) -> int | None:
+    """Returns how many frames there will be, as far as the containers say; None for a camera."""
+    total = 0
+    for source in sources:
+        if source.camera is not None:
+            return None
+        total += max(1, announced_frames(source.path)) if source.is_video else 1
+    return total
 
 
-def find_images(paths: Iterable[str]) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Finds the image files that paths mean.
-
-    Args:
-        paths: files, folders, or patterns with * ? [ ].
-
-    Returns:
-        (file, its name below what was given) in order, numbers in names sorted as numbers; and a
-        message for each path that means no file.
-    """
-    found: dict[Path, Path] = {}
-    failed = []
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            below = [p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
-            files = [(p, p.relative_to(path)) for p in below if p.is_file()]
-            problem = f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
-        elif path.exists():
-            files, problem = [(path, Path(path.name))], ""
-        else:
-            matches = [Path(match) for match in glob.glob(text, recursive=True)]
-            files = [(p, Path(p.name)) for p in matches if p.is_file()]
-            problem = f"{path} does not exist"
-        if not files:
-            failed.append(problem)
-        for file, name in sorted(files, key=lambda pair: _natural(pair[0])):
-            found.setdefault(file, name)
-    return list(found.items()), failed
+def _read(sources: Iterable[Source], stop: Callable[[], bool]) -> Generator[_Start | Frame | _End]:
+    """Yields the frames of all sources, each between its start and its end."""
+    for source in sources:
+        failed = ""
+        try:
+            if source.is_video:
+                failed = yield from _read_video(source, stop)
+            else:
+                image = read_image(source.path)
+                yield _Start(source, 0.0)
+                yield Frame(0, None, image)
+        except DataError as error:
+            failed = str(error)
+        except MemoryError:
+            failed = f"{source.text} does not fit into memory; give a smaller picture"
+        yield _End(source, failed)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Returns a sort key in which frame 2 comes before frame 10."""
-    words = re.split(r"(\d+)", str(path))
-    return [(int(word), "") if word.isdecimal() else (-1, word) for word in words]
+def _read_video(
+    source: Source, stop: Callable[[], bool]
+) -> Generator[_Start | Frame | _End, None, str]:
+    """Yields the start and the frames of a video or camera; returns what was wrong with it."""
+    with closing(Video(source.path if source.camera is None else source.camera)) as video:
+        if not video.has_stamps:
+            log.warning("%s has no timestamps; time_s is %s", source.text, video.clock)
+        yield _Start(source, video.fps)
+        count = 0
+        for frame in video:
+            yield frame
+            count += 1
+            if source.camera is not None and stop():
+                break
+        return "" if source.camera is not None else video.shortfall(count)
 
 
-def output_names(files: Iterable[tuple[Path, Path]]) -> list[tuple[Path, str]]:
-    """Gives each file a name for its overlay and mask: without suffix, and no two alike.
+def _predict(
+    predictor: Predictor, read: Generator[_Start | Frame | _End], roi: Roi | None
+) -> Generator[_Start | _Found | _End]:
+    """Finds the pupil in each frame; a fault goes into the source's end."""
+    failed = ""
+    with closing(read):
+        for item in read:
+            if isinstance(item, Frame):
+                try:
+                    yield _Found(item, _pupil(predictor, item.image, roi))
+                except DataError as error:
+                    failed = str(error)
+                except MemoryError:
+                    failed = f"a frame of {item.image.shape} does not fit into memory"
+            elif isinstance(item, _End):
+                wrong = f"{item.source.text}: {failed}" if failed else item.failed
+                failed = ""
+                yield _End(item.source, wrong)
+            else:
+                yield item
 
-    Args:
-        files: (file, its name below what was given).
 
-    Returns:
-        (file, name); `eye.png` and `eye.jpg` become `eye` and `eye_jpg`, a third `eye_jpg_2`.
-    """
-    taken: set[str] = set()
-    names = []
-    for file, relative in files:
-        stem = str(relative.with_suffix(""))
-        full = f"{stem}_{relative.suffix[1:]}"
-        name, number = stem, 1
-        while name.lower() in taken:  # lower: some file systems do not tell cases apart
-            name = full if number == 1 else f"{full}_{number}"
-            number += 1
-        taken.add(name.lower())
-        names.append((file, name))
-    return names
+def _pupil(predictor: Predictor, image: NDArray[np.uint8], roi: Roi | None) -> Prediction:
+    """Returns the pupil in a frame or its region, in the frame's pixels."""
+    if roi is None:
+        return predictor(image)
+    return roi.to_frame(predictor(roi.cut(image)), image.shape)
+
+
+class _Writer:
+    """The last step: rows, overlays and masks, one source after the other."""
+
+    def __init__(self, out: Path, options: Options, journal: Journal, done: Outcome) -> None:
+        self._out, self._options, self._journal, self._done = out, options, journal, done
+        self._start: _Start | None = None
+        self._video: VideoFile | None = None
+
+    def take(self, item: _Start | _Found | _End) -> int:
+        """Writes what came; returns the number of frames that it was."""
+        if isinstance(item, _Start):
+            self._start = item
+            return 0
+        if isinstance(item, _End):
+            self._end(item)
+            return 0
+        assert self._start is not None  # each frame follows its source's start
+        source, (number, time_s, image), prediction = self._start.source, *item
+        self._done.frames += 1
+        self._done.blinks += prediction.ellipse is None
+        self._journal.append(row(source, number, time_s, prediction, self._options.mm_per_px))
+        if self._options.overlays:
+            self._draw(overlay(image, prediction))
+        if self._options.masks:
+            name = f"{source.name}/{number:06d}" if source.is_video else source.name
+            write_image(self._out / "masks" / f"{name}.png", prediction.mask * 255)
+        return 1
+
+    def _draw(self, picture: NDArray[np.uint8]) -> None:
+        """Writes the overlay of a frame."""
+        assert self._start is not None
+        source = self._start.source
+        below = self._out / OVERLAYS
+        if not source.is_video:
+            write_image(below / f"{source.name}.jpg", picture)
+            return
+        if self._video is None:
+            self._video = VideoFile(below / f"{source.name}.mp4", self._start.fps)
+        self._video.write(picture)
+
+    def _end(self, end: _End) -> None:
+        """Ends a source: its files have their names before its rows count."""
+        if self._video is not None:
+            self._video.finish()
+            self._video = None
+        if end.failed:
+            self._done.failed.append(end.failed)
+            log.error("%s", end.failed)
+        self._journal.finish(end.source, end.failed)
+        self._start = None
+
+    def close(self) -> None:
+        """Leaves no half-written video."""
+        if self._video is not None:
+            self._video.discard()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pupilseg.files import atomic_path
 from pupilseg.pictures import compare, encode
-from pupilseg.plots import center_curve, iou_histogram, training_curves
+from pupilseg.plots import center_curve, iou_histogram, reliability_curve, training_curves
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pupilseg.calibration import Reliability
     from pupilseg.scoring import FrameScores
 
 
@@ -58,6 +59,7 @@ def write_report(
     path: Path,
     metrics: Mapping[str, Any],
     scores: FrameScores,
+    certainty: Reliability,
     examples: Mapping[str, Sequence[Example]],
     history: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
@@ -67,6 +69,7 @@ def write_report(
         path: usually `report.html`.
         metrics: as `evaluation.evaluate_model` returns them.
         scores: of the frames, for the curves.
+        certainty: what confidences promised, and what came.
         examples: heading -> frames; a heading without frames is left out.
         history: a training run's columns, for its curves.
 
@@ -77,6 +80,7 @@ def write_report(
     plots = [
         ("pupil IoU of the frames", iou_histogram(scores.pupil_iou[open_eye])),
         ("share of frames by centre error", center_curve(scores.center_error_px[open_eye])),
+        ("share of frames within 5 px by confidence", reliability_curve(certainty)),
     ]
     parts = [
         "<!doctype html>",
@@ -90,6 +94,7 @@ def write_report(
         '<h2>Distributions</h2><div class="plots">',
         *(_image(picture, "png", alt) for alt, picture in plots),
         "</div>",
+        f"<p>{_about_confidence(metrics)}</p>",
     ]
     if history is not None:
         picture = _image(training_curves(history), "png", "training curves by epoch")
@@ -105,6 +110,18 @@ def write_report(
     parts.append("</body></html>\n")
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _about_confidence(metrics: Mapping[str, Any]) -> str:
+    """Says how the confidences of the last curve were come by."""
+    if metrics["calibrated_on"]:
+        how = f"calibrated on {_text(metrics['calibrated_on'])}"
+    else:
+        how = "calibrated on these frames, each half by the other (the model file holds no map)"
+    return (
+        "Confidence is to be the probability that a pupil's centre is within 5 px; "
+        f"{how}. Frames where none was found are not in its curve."
+    )
 
 
 def _text(value: Any) -> str:

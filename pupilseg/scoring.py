@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pupilseg.calibration import GOOD_PX
 from pupilseg.geometry import (
     ELLIPSE_SCALE,
     HEIGHT,
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
-
-GOOD_PX = 5.0
-"""Centre error in px that the field calls a success."""
 
 
 def masks_from_output(output: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -18,16 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_files import ellipse_onnx, threshold_onnx
 
+from pupilseg.calibration import Calibration
 from pupilseg.checkpoint import plain_state_dict, save_model
 from pupilseg.errors import CheckpointError, DataError, UsageError
 from pupilseg.evaluation import COLUMNS, choose_examples, evaluate_model
 from pupilseg.export import export_onnx
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_mask, ellipse_vector
+from pupilseg.judged import calibrate, frames_with_output, judge
 from pupilseg.metrics import EpochMetrics, scores
 from pupilseg.models import create_model
+from pupilseg.network import OnnxNetwork
 from pupilseg.plots import loss_curves, read_history, share_within, training_curves
+from pupilseg.predict import Predictor
 from pupilseg.scoring import FrameScores, score_frames, summarise
-from pupilseg.shards import write_shards
+from pupilseg.shards import open_shards, write_shards
 from pupilseg.shards.codec import IMAGE_TABLE
 from pupilseg.sources import Sample
 
@@ -183,6 +187,59 @@ def test_rows_and_metrics_are_of_the_raw_mask(done):
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
+def test_confidence_is_the_predictors(done, shards, threshold, tmp_path):
+    """As `Predictor` gives it, by the file's map; else by one fitted on the other half."""
+    out, metrics = done
+    assert metrics["calibrated_on"] == ""
+    assert 0 <= metrics["calibration_error"] < 0.3
+    assert "each half by the other" in (out / "report.html").read_text()
+    calibration = Calibration(2.0, 1.0, 40, "<there>")
+    model = threshold_onnx(tmp_path / "c.onnx", calibration=calibration.to_json())
+    metrics = evaluate_model(model, shards, tmp_path / "out")
+    assert metrics["calibrated_on"] == "<there>"
+    assert "calibrated on &lt;there&gt;" in (tmp_path / "out" / "report.html").read_text()
+    predictor = Predictor(model)
+    said = [float(row["confidence"]) for row in read_rows(tmp_path / "out" / "per_frame.csv")]
+    frames = [DarkPupils().sample("validation", i) for i in range(21)]
+    found = [predictor(frame.image) for frame in frames]
+    assert said == pytest.approx([f.confidence for f in found], rel=1e-4)
+    assert 0 < sum(f.ellipse is None for f in found) < 21
+    # Of those found, the ones with a centre within 5 px of the label's are good.
+    raw = [f.confidence for f in map(Predictor(threshold), [f.image for f in frames])]
+    with open_shards(shards) as split:
+        network = OnnxNetwork(threshold)
+        judged = [
+            judge(*frame) for frame in frames_with_output(split, network, range(21), 4, "test")
+        ]
+    for frame, pupil, score, (seen, distance) in zip(frames, found, raw, judged, strict=True):
+        if pupil.ellipse is None:
+            assert np.isnan([seen, distance]).all()
+            continue
+        assert seen == score
+        truth = ellipse_from_mask(frame.label)
+        wanted = np.inf if truth is None else np.hypot(*np.subtract(truth[:2], pupil.ellipse[:2]))
+        assert distance == pytest.approx(wanted)
+
+
+def test_calibration_is_stored_at_export(both_forms, shards, threshold, tmp_path):
+    stored = OnnxNetwork(both_forms / "m.onnx").info.calibration
+    assert stored == calibrate(OnnxNetwork(both_forms / "m.onnx"), "m", shards)
+    assert stored.data == "fake, validation"
+    fitted = calibrate(OnnxNetwork(threshold), "t", shards)
+    assert 10 < fitted.frames <= 21
+    save_model(
+        tmp_path / "g.pt",
+        plain_state_dict(create_model("efficientvit_tiny")),
+        {"model": "efficientvit_tiny", "architecture": {}, **CARD}
+        | {"preprocessing": "gamma0.8+clahe1.5"},
+    )
+    with pytest.raises(UsageError, match="give shards that"):
+        export_onnx(tmp_path / "g.pt", tmp_path / "d.onnx", calibrate_on=shards)
+    with pytest.raises(DataError, match="has no manifest"):
+        export_onnx(both_forms / "m.pt", tmp_path / "d.onnx", calibrate_on=tmp_path)
+    assert not (tmp_path / "d.onnx").exists()
+
+
 def test_curves(done):
     out, metrics = done
     iou = [float(row["pupil_iou"]) for row in read_rows(out / "iou_curve.csv")]
@@ -201,7 +258,7 @@ def test_report_holds_all_it_shows(done):
     page = (out / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     pictures = [s for s in sources if s.startswith("data:image/")]
-    assert len(pictures) == len(sources) == 3 + 6 + 6 + 6 + 2
+    assert len(pictures) == len(sources) == 4 + 6 + 6 + 6 + 2
     assert not re.search(r"https?:|<script|<link|url\(", page)
     assert f"{metrics['pupil_iou']:.4f}" in page
     assert "&lt;validation&gt;/5" in page
@@ -240,7 +297,7 @@ def test_examples_show_each_frame_once_in_order(frames):
 
 
 @pytest.fixture(scope="module")
-def both_forms(tmp_path_factory):
+def both_forms(tmp_path_factory, shards):
     """A fresh network as .pt and .onnx, its last bias such that half of a frame is pupil to it."""
     directory = tmp_path_factory.mktemp("forms")
     torch.manual_seed(3)
@@ -258,7 +315,7 @@ def both_forms(tmp_path_factory):
     assert abs(median_margin()) < 1e-3
     card = {"model": "efficientvit_tiny", "architecture": {}, **CARD}
     save_model(directory / "m.pt", plain_state_dict(model), card)
-    export_onnx(directory / "m.pt", directory / "m.onnx")
+    export_onnx(directory / "m.pt", directory / "m.onnx", calibrate_on=shards)
     return directory
 
 

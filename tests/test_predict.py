@@ -1,6 +1,7 @@
 """Prediction: what is found is where it is, in the frame's own pixels, whatever the frame."""
 
-import csv
+import contextlib
+import itertools
 import math
 import subprocess
 import sys
@@ -9,36 +10,31 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from frames import PUPIL, eye
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx_files import METADATA, ellipse_onnx, threshold_onnx, write
 
+from pupilseg.calibration import Calibration
 from pupilseg.errors import CheckpointError, DataError, UsageError
-from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
+from pupilseg.geometry import (
+    HEIGHT,
+    WIDTH,
+    Ellipse,
+    ellipse_from_mask,
+    ellipse_mask,
+    ellipse_vector,
+)
+from pupilseg.network import onnx_session
 from pupilseg.pictures import GREEN, RED, compare, overlay, read_image
 from pupilseg.postprocess import Letterbox, draw_ellipse, find_blob
-from pupilseg.predict import BATCH_SIZE, Predictor, onnx_session
-from pupilseg.predict_files import COLUMNS, find_images, output_names, predict_paths
+from pupilseg.predict import BATCH_SIZE, Predictor
 from pupilseg.preprocess import get_preprocessing
 from pupilseg.synthetic import render
 
 ROOT = Path(__file__).parents[1]
-PUPIL = Ellipse(301.3, 188.6, 52.4, 41.7, 0.4)
 WHOLE = Letterbox.of((HEIGHT, WIDTH))
-
-
-def eye(ellipse=PUPIL, shape=(HEIGHT, WIDTH)):
-    """A bright frame with a dark ellipse whose rim is as wide as a pixel, as a lens gives it."""
-    fine = 4
-    grown = Ellipse(
-        *((v + 0.5) * fine - 0.5 for v in ellipse[:2]),
-        *(v * fine for v in ellipse[2:4]),
-        ellipse[4],
-    )
-    mask = draw_ellipse(grown, (shape[0] * fine, shape[1] * fine))
-    cover = mask.reshape(shape[0], fine, shape[1], fine).mean(axis=(1, 3))
-    return np.rint(120 - 100 * cover).astype(np.uint8)
 
 
 def iou(a, b):
@@ -112,6 +108,50 @@ def test_batch_gives_what_single_calls_give(predictor):
         assert np.array_equal(one.mask, alone.mask)
         assert one[1:] == alone[1:]
     assert predictor.batch([]) == []
+
+
+@pytest.mark.parametrize("slots", [0, 1, 3])
+def test_stream_gives_what_single_calls_give(predictor, slots):
+    frames = [eye(PUPIL._replace(center_x_px=200 + 9 * i)) for i in range(5)]
+    drawn = []
+
+    def camera():
+        for i in itertools.count():
+            drawn.append(i)
+            yield frames[i % 5]
+
+    with contextlib.closing(predictor.stream(camera(), slots=slots)) as stream:
+        for frame, found in zip(frames, stream, strict=False):
+            assert found[1:] == predictor(frame)[1:]
+        assert len(drawn) <= 6 + slots + 1  # an endless source is not run away from
+    if not slots:
+        assert len(drawn) <= 6
+    with pytest.raises(ValueError, match="cvtColor"):
+        list(predictor.stream([frames[0], np.zeros((4, 4, 3), np.uint8)], slots=slots))
+
+
+def test_calibration_of_the_file_is_applied(predictor, tmp_path):
+    calibration = Calibration(1.0, 4.0, 98, "here")
+    model = threshold_onnx(tmp_path / "c.onnx", 70, calibration=calibration.to_json())
+    frame = draw(disc(330, 210, 40), border)
+    raw, found = predictor(frame).confidence, Predictor(model)(frame).confidence
+    assert found == calibration(raw)
+    assert 0 < raw < found < 0.99  # what a 98-fold success is worth at the most
+    assert Predictor(model)(draw()).confidence == 0
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (0.9, 0.1)])
+def test_sub_pixel_border(tmp_path, dx, dy):
+    """Moved and grown by parts of a pixel, a small disc is followed; its mask's moments jump."""
+    predictor = Predictor(threshold_onnx(tmp_path / "t.onnx", 70))
+    errors, coarse = [], []
+    for radius in (5.1, 5.35, 5.6, 5.85):
+        truth = Ellipse(300 + dx, 200 + dy, radius, radius, 0.0)
+        mask, ellipse, _ = predictor(eye(truth))
+        for found, into in ((ellipse, errors), (ellipse_from_mask(mask), coarse)):
+            into.append(np.abs(np.subtract(found[:4], truth[:4])).max())
+    assert max(errors) < 0.1
+    assert max(errors) < max(coarse) / 2
 
 
 def test_preprocessing_of_the_file_is_applied(tmp_path):
@@ -225,15 +265,17 @@ def test_windowed_drawing_is_the_drawing(x, y, a, b, angle):
 
 
 @pytest.mark.parametrize(
-    "frame",
+    ("frame", "mend"),
     [
-        np.zeros((HEIGHT, WIDTH), np.float32),
-        np.zeros((HEIGHT, WIDTH, 3), np.uint8),
-        np.zeros((0, 640), np.uint8),
+        (np.zeros((HEIGHT, WIDTH), np.float32), "astype"),
+        (np.zeros((HEIGHT, WIDTH), np.uint16), ">> 8"),
+        (np.zeros((HEIGHT, WIDTH, 3), np.uint8), "cvtColor"),
+        (np.zeros((0, 640), np.uint8), "at least one pixel"),
+        (np.zeros((2, 2, 2, 2), np.uint8), "at least one pixel"),
     ],
 )
-def test_other_arrays_are_refused(predictor, frame):
-    with pytest.raises(ValueError, match=r"expected uint8 \(H, W\)"):
+def test_other_arrays_are_refused(predictor, frame, mend):
+    with pytest.raises(ValueError, match=r"expected uint8 \(H, W\); .*" + mend):
         predictor(frame)
 
 
@@ -260,6 +302,8 @@ def bad_files(directory):
     yield threshold_onnx(directory / "task.onnx", task="depth"), "task is 'depth'"
     yield threshold_onnx(directory / "pre.onnx", preprocessing="x"), "preprocessing is 'x'"
     yield threshold_onnx(directory / "json.onnx", metrics="{"), "cannot be read"
+    for text in ("{}", "7", '{"slope": -1, "intercept": 0, "frames": 1, "data": ""}'):
+        yield threshold_onnx(directory / f"cal{len(text)}.onnx", calibration=text), "calibration"
     yield (
         write(directory / "f.onnx", [image], output, {}, METADATA, TensorProto.FLOAT),
         r"tensor\(float\)",
@@ -311,7 +355,7 @@ print(pupilseg.predict.Predictor({str(model)!r})(np.zeros((40, 64), np.uint8)).c
 sys.modules["onnxruntime"] = None
 try:
     pupilseg.predict.Predictor({str(model)!r})
-except pupilseg.predict.UsageError as error:
+except pupilseg.network.UsageError as error:
     print(error)
 """
     done = subprocess.run(
@@ -366,67 +410,3 @@ def test_pictures(predictor):
             np.abs([columns.mean() / 2, rows.mean() / 2] - np.argwhere(mask).mean(0)[::-1]).max()
             < 3
         )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Ten eyes, a blink, one of another size, a damaged file and one that is no image."""
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    for i in range(1, 11):
-        image = eye(PUPIL._replace(center_x_px=200 + 10 * i))
-        cv2.imwrite(str(tmp_path / "in" / f"{i}.png"), image)
-    cv2.imwrite(str(tmp_path / "in" / "11.png"), np.full((HEIGHT, WIDTH), 120, np.uint8))
-    cv2.imwrite(str(tmp_path / "in" / "deep" / "2.png"), eye(shape=(480, 640)))
-    cv2.imwrite(str(tmp_path / "in" / "deep" / "2.bmp"), eye(shape=(480, 640)))
-    (tmp_path / "in" / "12.png").write_bytes((tmp_path / "in" / "1.png").read_bytes()[:100])
-    (tmp_path / "in" / "notes.txt").write_text("no image")
-    return tmp_path
-
-
-def test_folder_to_csv_overlays_and_masks(folder, predictor):
-    out = folder / "out"
-    done = predict_paths(predictor, [str(folder / "in"), str(folder / "gone")], out, masks=True)
-    assert (done.frames, done.blinks, len(done.failed)) == (13, 1, 2)
-    assert any("12.png" in m for m in done.failed)
-    assert any("gone does not exist" in m for m in done.failed)
-    with (out / "pupil.csv").open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    assert tuple(rows[0]) == COLUMNS
-    names = [Path(row["file"]).relative_to(folder / "in").as_posix() for row in rows]
-    assert names == [f"{i}.png" for i in range(1, 12)] + ["deep/2.bmp", "deep/2.png"]
-    for i, row in enumerate(rows[:10], start=1):
-        assert (row["frame"], row["time_s"], row["is_blink"]) == ("0", "", "0")
-        found = [float(row[c]) for c in COLUMNS[3:8]]
-        assert found == pytest.approx(PUPIL._replace(center_x_px=200 + 10 * i), abs=0.1)
-        assert float(row["diameter_px"]) == pytest.approx(2 * PUPIL.semi_axis_a_px, abs=0.2)
-        area = math.pi * PUPIL.semi_axis_a_px * PUPIL.semi_axis_b_px
-        assert float(row["area_px"]) == pytest.approx(area, rel=0.01)
-        assert float(row["confidence"]) > 0.9
-    blink = rows[10]
-    assert [blink[c] for c in COLUMNS[3:]] == [*[""] * 6, "0", "0", "1"]
-    written = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    stems = [*(str(i) for i in range(1, 12)), "deep/2", "deep/2_png"]
-    assert written == {
-        "pupil.csv",
-        *(f"overlays/{s}.jpg" for s in stems),
-        *(f"masks/{s}.png" for s in stems),
-    }
-    mask = read_image(out / "masks" / "3.png")
-    assert np.array_equal(mask, predictor(read_image(folder / "in" / "3.png")).mask * 255)
-
-
-def test_patterns_and_doubles(folder):
-    pattern, file = str(folder / "in" / "1*.png"), str(folder / "in" / "1.png")
-    files, failed = find_images([pattern, file, str(folder / "in" / "x*"), str(folder / "in")])
-    assert [p.name for p, _ in files[:4]] == ["1.png", "10.png", "11.png", "12.png"]
-    assert len(files) == len({p for p, _ in files}) == 14
-    assert len(failed) == 1
-    (folder / "bare").mkdir()
-    assert "holds no image" in find_images([str(folder / "bare")])[1][0]
-
-
-def test_output_names_never_collide():
-    paths = [Path(f"{d}/{n}") for d in "abc" for n in ("x.png", "X.png", "x.jpg", "x_png.png")]
-    names = output_names((p, Path(p.name)) for p in paths)
-    assert [p for p, _ in names] == paths
-    assert len({name.lower() for _, name in names}) == len(paths)

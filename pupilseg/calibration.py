@@ -1,0 +1,163 @@
+"""From a raw score to the probability that a pupil's centre is within 5 px, by two numbers.
+
+`p = c * sigmoid(slope * logit(raw) + intercept)`, fitted on n validation frames where something was
+found (Platt, "Probabilistic outputs for support vector machines", 1999), c = (n + 1) / (n + 2): n
+good frames promise no more of the next. Two numbers cannot follow the noise of a few
+hundred frames as a step function of the raw score would, and frames keep their order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+GOOD_PX = 5.0
+"""Centre error in px that the field calls a success."""
+MIN_SLOPE = 0.05
+"""Least slope: frames keep their order even where the score tells nothing of the error."""
+BINS = 10
+"""Of a reliability table, equally full."""
+_CLIP = 1e-3
+"""Raw scores are kept this far from 0 and 1, where the logit is infinite."""
+_STEPS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A fitted map.
+
+    Attributes:
+        slope: of the logit; positive.
+        intercept: of the logit.
+        frames: that it was fitted on.
+        data: where they are from.
+    """
+
+    slope: float
+    intercept: float
+    frames: int
+    data: str
+
+    def __call__(self, raw: float) -> float:
+        """Returns the probability for a raw score 0 .. 1."""
+        most = (self.frames + 1) / (self.frames + 2)
+        return most / (1 + math.exp(-float(self.slope * _logit(raw) + self.intercept)))
+
+    def to_json(self) -> str:
+        """Returns the text that an ONNX file stores."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        stored = json.loads(text)
+        try:
+            found = cls(
+                float(stored["slope"]),
+                float(stored["intercept"]),
+                int(stored["frames"]),
+                str(stored["data"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"calibration {text!r} lacks a number") from error
+        if not (found.slope > 0 and math.isfinite(found.slope + found.intercept)):
+            raise ValueError(f"calibration {text!r} is not an increasing map")
+        return found
+
+
+def _logit(raw: ArrayLike) -> NDArray[np.float64]:
+    """Returns log(p / (1 - p)) of clipped scores."""
+    clipped = np.clip(np.asarray(raw, dtype=np.float64), _CLIP, 1 - _CLIP)
+    return np.log(clipped / (1 - clipped))
+
+
+def fit_calibration(
+    raw: NDArray[np.float64], good: NDArray[np.bool_], data: str = ""
+) -> Calibration:
+    """Fits the map by maximum likelihood.
+
+    Two invented frames, a failure at raw 0.5 and a success at 0.95, keep it finite and increasing
+    where all frames are good or all are bad; among hundreds they weigh nothing.
+
+    Args:
+        raw: float64 (n,), scores of frames where something was found; n may be 0.
+        good: bool (n,), the centre was within `GOOD_PX`.
+        data: where the frames are from.
+    """
+    x = np.append(_logit(raw), _logit([0.5, 0.95]))
+    y = np.append(good, [False, True]).astype(np.float64)
+    parameters = np.array([1.0, 0.0])
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    for _ in range(_STEPS):
+        p = 1 / (1 + np.exp(-(design @ parameters)))
+        # A ridge of 1e-3 towards the identity, for scores that separate the frames perfectly.
+        gradient = design.T @ (p - y) + 1e-3 * (parameters - [1.0, 0.0])
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-3 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        parameters -= step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+        if np.abs(step).max() < 1e-9:
+            break
+    slope = max(MIN_SLOPE, float(parameters[0]))
+    return Calibration(round(slope, 6), round(float(parameters[1]), 6), len(raw), data)
+
+
+class Reliability(NamedTuple):
+    """What confidences promised and what came, by groups of frames of like confidence.
+
+    Attributes:
+        confidence: float64 (k,), mean of each group.
+        share_good: float64 (k,), within `GOOD_PX`.
+        frames: int64 (k,).
+    """
+
+    confidence: NDArray[np.float64]
+    share_good: NDArray[np.float64]
+    frames: NDArray[np.int64]
+
+    @property
+    def error(self) -> float:
+        """Mean distance of promise and outcome over the frames; NaN without frames."""
+        if not self.frames.sum():
+            return float("nan")
+        gap = np.abs(self.confidence - self.share_good)
+        return float((gap * self.frames).sum() / self.frames.sum())
+
+
+def reliability(
+    confidence: NDArray[np.float64], good: NDArray[np.bool_], bins: int = BINS
+) -> Reliability:
+    """Groups frames by confidence, equally many in each group.
+
+    Args:
+        confidence: float64 (n,).
+        good: bool (n,).
+        bins: largest number of groups.
+    """
+    order = np.argsort(confidence, kind="stable")
+    parts = [part for part in np.array_split(order, min(bins, max(1, len(order)))) if len(part)]
+    return Reliability(
+        np.array([confidence[part].mean() for part in parts]),
+        np.array([good[part].mean() for part in parts]),
+        np.array([len(part) for part in parts], dtype=np.int64),
+    )
+
+
+def cross_fitted(raw: NDArray[np.float64], good: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Returns each frame's confidence by a map fitted on the other half of the frames."""
+    even = np.arange(len(raw)) % 2 == 0
+    found = np.empty(len(raw))
+    for half in (even, ~even):
+        calibration = fit_calibration(raw[~half], good[~half])
+        found[half] = [calibration(score) for score in raw[half]]
+    return found

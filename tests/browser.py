@@ -1,0 +1,143 @@
+"""A real headless browser, told what to do over two pipes (Chrome DevTools Protocol)."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATH = next((path for name in NAMES if (path := shutil.which(name))), None)
+"""The browser, or None."""
+
+
+class Browser:
+    """A page in a headless browser, with all that it asks the network for and complains about.
+
+    Attributes:
+        requests: addresses.
+        complaints: exceptions and errors on the console.
+    """
+
+    def __init__(self, profile):
+        assert PATH is not None
+        self.requests, self.complaints = [], []
+        self._rest, self._ids = b"", itertools.count(1)
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        # Chrome reads from 3 and writes to 4; bash puts them there, from numbers beyond.
+        far_in, far_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out))
+
+        words = ["bash", "-c", f'exec "$0" "$@" 3<&{far_in} 4>&{far_out}']
+        words += [
+            PATH,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+        ]
+        words += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+        self._process = subprocess.Popen(
+            words,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=(far_in, far_out),
+        )  # fmt: skip
+        for end in (theirs_in, theirs_out, far_in, far_out):
+            os.close(end)
+        self._session = None
+        target = self._ask("Target.createTarget", url="about:blank")["targetId"]
+        attached = self._ask("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self._ask(f"{domain}.enable")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._session = None
+        try:
+            self._ask("Browser.close")
+        finally:
+            for end in (self._in, self._out):
+                os.close(end)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def open(self, url):
+        """Goes to a page and waits until it is loaded."""
+        self._ask("Page.navigate", url=url)
+        self.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
+
+    def wait_for(self, condition):
+        """Waits until a JavaScript expression holds."""
+        deadline = time.monotonic() + 20
+        while not self.value(condition):
+            assert time.monotonic() < deadline, condition
+            time.sleep(0.02)
+
+    def value(self, expression):
+        """Returns a JavaScript expression's value."""
+        found = self._ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def press(self, key, modifiers=0):
+        """Presses a key, as a keyboard does."""
+        text = {"text": key} if len(key) == 1 else {}
+        common = {"key": key, "modifiers": modifiers}
+        self._ask("Input.dispatchKeyEvent", type="keyDown", **common, **text)
+        self._ask("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def click(self, selector, share=0.5):
+        """Clicks into an element, at a share of its width."""
+        box = self.value(
+            f"(e => (e.scrollIntoView(), e = e.getBoundingClientRect(), "
+            f"[e.x, e.y, e.width, e.height]))(document.querySelector({json.dumps(selector)}))"
+        )
+        place = {"x": box[0] + share * box[2], "y": box[1] + box[3] / 2}
+        for kind in ("mousePressed", "mouseReleased"):
+            self._ask("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+
+    def _ask(self, method, **params):
+        """Sends a command and returns its result; what comes meanwhile is noted."""
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": params}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == number:
+                assert "error" not in answer, (method, answer)
+                return answer["result"]
+            self._note(answer)
+
+    def _read(self):
+        """Returns the next message."""
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._in], [], [], 30)
+            assert ready, "the browser does not answer"
+            more = os.read(self._in, 1 << 20)
+            assert more, "the browser is gone"
+            self._rest += more
+        first, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(first)
+
+    def _note(self, event):
+        """Keeps requests and complaints."""
+        method, params = event.get("method"), event.get("params", {})
+        if method == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        if method == "Runtime.exceptionThrown" or (
+            method == "Log.entryAdded" and params["entry"]["level"] == "error"
+        ):
+            self.complaints.append(params)
