@@ -21,6 +21,7 @@ from pupilseg.postprocess import (
     draw_ellipse,
     ellipse_confidence,
     find_blob,
+    margin_near,
     sub_pixel_ellipse,
 )
 from pupilseg.preprocess import get_preprocessing
@@ -63,19 +64,18 @@ def pupil_from_output(
         box: where the frame lies in it.
     """
     shape = (box.frame_height, box.frame_width)
-    nothing = Prediction(np.zeros(shape, dtype=np.uint8), None, 0.0)
     if output.ndim == 1:
         ellipse = ellipse_from_vector(output)
         if ellipse is None:
-            return nothing
+            return Prediction(np.zeros(shape, dtype=np.uint8), None, 0.0)
         confidence = ellipse_confidence(ellipse, image, box)
         ellipse = box.ellipse_to_frame(ellipse)
         return Prediction(draw_ellipse(ellipse, shape), ellipse, confidence)
-    margin = output[1] - output[0]
-    raw = margin > 0
+    raw = output[1] > output[0]
     blob = find_blob(raw, box)
     if blob is None:
-        return nothing
+        return Prediction(np.zeros(shape, dtype=np.uint8), None, 0.0)
+    margin = margin_near(output, blob)
     return Prediction(
         box.mask_to_frame(margin, blob.mask),
         box.ellipse_to_frame(sub_pixel_ellipse(blob, margin, box)),
@@ -119,9 +119,8 @@ class Predictor:
         for start in range(0, len(every), BATCH_SIZE):
             part = every[start : start + BATCH_SIZE]
             boxes = [Letterbox.of(_checked(frame)) for frame in part]
-            images = np.stack(
-                [self._preprocess(b.fit(frame)) for b, frame in zip(boxes, part, strict=True)]
-            )
+            fitted = [self._preprocess(b.fit(frame)) for b, frame in zip(boxes, part, strict=True)]
+            images = np.stack(fitted) if len(fitted) > 1 else fitted[0][None]  # one is no copy
             rows = zip(self.network(images), images, boxes, strict=True)
             found += [self._predict(*row) for row in rows]
         return found

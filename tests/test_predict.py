@@ -150,7 +150,7 @@ def test_sub_pixel_border(tmp_path, dx, dy):
         mask, ellipse, _ = predictor(eye(truth))
         for found, into in ((ellipse, errors), (ellipse_from_mask(mask), coarse)):
             into.append(np.abs(np.subtract(found[:4], truth[:4])).max())
-    assert max(errors) < 0.1
+    assert max(errors) < 0.06
     assert max(errors) < max(coarse) / 2
 
 
