@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,14 @@ def measure(
     predictor = Predictor(model, threads)
     frames = [render(index).image for index in range(FRAMES)]
     stacked = [frame[None] for frame in frames]
-    total = _times(lambda i: predictor(frames[i % FRAMES]), repeats, warmup)
-    network = _times(lambda i: predictor.network(stacked[i % FRAMES]), repeats, warmup)
+    total: list[float] = []
+    network: list[float] = []
+    # In turn, so that a slow spell of the machine is in both.
+    for index in range(warmup + repeats):
+        which = index % FRAMES
+        total.append(_milliseconds(partial(predictor, frames[which])))
+        network.append(_milliseconds(partial(predictor.network, stacked[which])))
+    total, network = total[warmup:], network[warmup:]
     return {
         "total_median_ms": float(np.median(total)),
         "total_p95_ms": float(np.quantile(total, 0.95)),
@@ -66,11 +73,8 @@ def measure(
     }
 
 
-def _times(call: Callable[[int], object], repeats: int, warmup: int) -> list[float]:
-    """Returns the milliseconds of each call after the warm-up."""
-    times = []
-    for index in range(warmup + repeats):
-        started = time.perf_counter()
-        call(index)
-        times.append(1e3 * (time.perf_counter() - started))
-    return times[warmup:]
+def _milliseconds(call: Callable[[], object]) -> float:
+    """Returns how long a call takes."""
+    started = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - started)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeDataset
+from frames import write_video
 from onnx_files import threshold_onnx
 
+from pupilseg.calibration import Calibration
 from pupilseg.checkpoint import plain_state_dict, save_model
 from pupilseg.cli import main
 from pupilseg.models import create_model
@@ -73,11 +75,44 @@ def test_predict_goes_on_past_a_bad_file_and_says_so(model, image, tmp_path, cap
     assert not (out / "masks").exists()
 
 
+def test_predict_a_video_and_look_at_it(model, tmp_path, capsys, monkeypatch):
+    frames = [np.full((400, 640), 120, np.uint8) for _ in range(4)]
+    for i in range(3):
+        cv2.circle(frames[i], (300 + 20 * i, 200), 40, 20, -1)
+    video = write_video(tmp_path / "v.avi", frames, fps=50)
+    out = str(tmp_path / "out")
+    words = ["predict", str(video), "--model", str(model), "--out", out, "--skip-existing"]
+    words += ["--roi", "100,50,500,300", "--mm-per-px", "0.1"]
+    assert main(words) == 0
+    assert "4 frames, 1 without a pupil, 0 failed (" in capsys.readouterr().out
+    with (tmp_path / "out" / "pupil.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["time_s"] for row in rows] == ["0.000000", "0.020000", "0.040000", "0.060000"]
+    assert [float(row["center_x_px"]) for row in rows[:3]] == pytest.approx(
+        [300, 320, 340], abs=0.3
+    )
+    assert float(rows[0]["diameter_mm"]) == pytest.approx(8, abs=0.1)
+    assert main(words) == 0
+    assert "0 frames, 0 without a pupil, 0 failed, 1 files done before: " in capsys.readouterr().out
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert main(["view", out, "--no-open"]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert page == tmp_path / "out" / "view.html"
+    assert not opened
+    assert main(["view", out]) == 0
+    assert opened == [page.as_uri()]
+
+
 def test_info_of_both_forms(model, tmp_path, capsys):
     assert main(["info", str(model)]) == 0
     said = capsys.readouterr().out
     for part in ("efficientvit_tiny", "7,481", "uint8 (N, 1, 400, 640)", "none", "valid_iou: 0.5"):
         assert part in said
+    assert "uncalibrated" in said
+    fitted = Calibration(2.0, 1.0, 40, "eyes, validation").to_json()
+    assert main(["info", str(threshold_onnx(tmp_path / "c.onnx", calibration=fitted))]) == 0
+    assert "calibrated on 40 frames of eyes, validation" in capsys.readouterr().out
     torch.manual_seed(0)
     network = create_model("efficientvit_tiny")
     card = {
@@ -94,6 +129,17 @@ def test_info_of_both_forms(model, tmp_path, capsys):
     count = sum(p.numel() for p in network.parameters())
     for part in (f"{count:,}", "gamma0.8+clahe1.5", "synthetic:8@0", "valid_iou: 0.25", "MIT"):
         assert part in said
+
+
+def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch, capsys):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    monkeypatch.setattr("pupilseg.pretrained.WEIGHTS_DIR", weights)
+    for name in ("micro", "ellipse"):
+        (weights / f"{name}.onnx").write_bytes(model.read_bytes())
+    assert main(["predict", str(image), "--out", str(tmp_path / "out")]) == 0
+    assert main(["info", "ellipse"]) == 0
+    assert f"{weights / 'ellipse.onnx'} (" in capsys.readouterr().out
 
 
 def test_bench(model, capsys):
@@ -125,6 +171,14 @@ def test_shards(tmp_path, capsys):
         (["predict"], 2, "required"),
         (["predict", "x.png", "--model", "gone.onnx", "--out", "o"], 1, "error: there is no model"),
         (["predict", "x", "--model", "m", "--out", "o", "--threads", "0"], 2, "0 is less than 1"),
+        (["predict", "x", "--out", "o"], 2, "error: this build has no released weights 'micro'"),
+        (["predict", "x", "--out", "o", "--model", "mirco"], 2, "nor one of: micro, efficientvit"),
+        (["predict", "x", "--out", "o", "--roi", "1,2,3"], 2, "error: --roi is '1,2,3', expected"),
+        (["predict", "x", "--out", "o", "--mm-per-px", "0"], 2, "0 is not a finite number above 0"),
+        (["predict", "x", "--out", "o", "--mm-per-px", "nan"], 2, "nan is not a finite number"),
+        (["view", "gone"], 1, "error: there is no gone/pupil.csv; give the --out of a"),
+        (["view", "gone", "--pictures", "0"], 2, "0 is less than 1"),
+        (["bench"], 2, "error: this build has no released weights 'micro'"),
         (["info", "gone.onnx"], 1, "error: there is no model file gone.onnx"),
         (["info", "gone.pt"], 1, "error: there is no file gone.pt"),
         (["info", "gone.zip"], 2, "error: gone.zip has the suffix '.zip'"),
@@ -136,6 +190,7 @@ def test_shards(tmp_path, capsys):
 )
 def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pupilseg.pretrained.WEIGHTS_DIR", tmp_path)  # a build without weights
     assert main(words) == code
     said = capsys.readouterr().err
     assert message in said

@@ -30,8 +30,11 @@ def commands(text):
 
 def marked_commands(test="tests/test_readme.py"):
     """Returns the commands of each block that is marked as executed by a test file."""
-    parts = README.split(f"<!-- executed by {test} -->")[1:]
-    return [commands(part.split("```\n")[0] + "```\n") for part in parts]
+    parts = re.split(rf"<!-- executed by {re.escape(test)}(, last)? -->", README)[1:]
+    blocks = [commands(part.split("```\n")[0] + "```\n") for part in parts[1::2]]
+    # A block that uses what those below it make says that it comes last.
+    order = sorted(range(len(blocks)), key=lambda i: parts[2 * i] is not None)
+    return [blocks[i] for i in order]
 
 
 def run(line, cwd):
@@ -43,13 +46,15 @@ def run(line, cwd):
 @pytest.mark.integration
 def test_marked_blocks_run_in_order(tmp_path):
     blocks = marked_commands()
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         for line in block:
             done = run(line, tmp_path)
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
             assert "Traceback" not in done.stderr
     assert (tmp_path / "pupil.onnx").stat().st_size < 300_000
+    assert len((tmp_path / "found" / "pupil.csv").read_text().splitlines()) == 2
+    assert (tmp_path / "found" / "view.html").exists()
     assert (tmp_path / "checkpoints" / "best_efficientvit_model.pt").exists()
     python = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
     done = subprocess.run(
