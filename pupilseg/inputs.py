@@ -44,13 +44,15 @@ class Source(NamedTuple):
 
 
 def find_sources(
-    paths: Iterable[str], names: dict[str, str] | None = None
+    paths: Iterable[str], names: dict[str, str] | None = None, without: Path | None = None
 ) -> tuple[list[Source], list[str]]:
     """Finds what paths mean, each thing once.
 
     Args:
         paths: files, folders (searched in depth), patterns with * ? [ ], or numbers of cameras.
         names: key -> name of what was done before, and keeps its name.
+        without: a folder whose files count only where they are named: that of the results, which
+            may lie in the one that is searched.
 
     Returns:
         The sources in order, numbers in names sorted as numbers; and a message for each path that
@@ -63,6 +65,8 @@ def find_sources(
             found.setdefault(f"camera:{int(text)}", (text, Path(f"camera{int(text)}"), int(text)))
             continue
         files, problem = _files(text)
+        if without is not None and not Path(text).is_file():
+            files = [pair for pair in files if without.resolve() not in pair[0].resolve().parents]
         if not files:
             failed.append(problem)
         for file, relative in sorted(files, key=lambda pair: _natural(pair[0])):
@@ -87,7 +91,8 @@ def _files(text: str) -> tuple[list[tuple[Path, Path]], str]:
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
         below = [p for p in path.rglob("*") if p.suffix.lower() in suffixes]
         problem = f"{path} holds no image and no video ({', '.join(sorted(suffixes))})"
-        return [(p, p.relative_to(path)) for p in below if p.is_file()], problem
+        files = [p for p in below if p.is_file() and not p.name.startswith(".")]
+        return [(p, p.relative_to(path)) for p in files], problem
     if path.exists():
         return [(path, Path(path.name))], ""
     matches = [Path(match) for match in glob.glob(text, recursive=True)]

@@ -154,7 +154,7 @@ def predict_paths(
         logging_redirect_tqdm([logging.getLogger("pupilseg")]),
     ):
         names = {key: record.name for key, record in journal.done.items()}
-        sources, done.failed = find_sources(paths, names)
+        sources, done.failed = find_sources(paths, names, without=out)
         for message in done.failed:
             log.error("%s", message)
         todo = [source for source in sources if not journal.is_done(source)]

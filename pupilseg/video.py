@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
@@ -55,7 +56,9 @@ class Video:
     """
 
     def __init__(self, source: Path | int) -> None:
-        self._name = f"camera {source}" if isinstance(source, int) else str(source)
+        self._camera = isinstance(source, int)
+        self._name = f"camera {source}" if self._camera else str(source)
+        self._opened_ms: float | None = None
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         # FFmpeg draws text files (.txt, .nfo) as pictures of letters.
         is_text = self._capture.get(cv2.CAP_PROP_FOURCC) == cv2.VideoWriter.fourcc(*"ansi")
@@ -71,7 +74,7 @@ class Video:
             raise DataError(f"{self._name} holds no frame that can be decoded; check the file")
         # A container without timestamps gives the same for every frame.
         self.has_stamps = len(self._first) < 2 or self._first[1][0] > self._first[0][0]
-        self.clock = "the container's timestamps"
+        self.clock = "this machine's" if self._camera else "the container's timestamps"
         if not self.has_stamps:
             self.clock = f"frame / {self.fps:g} fps" if self.fps else "nothing: time_s stays empty"
 
@@ -90,10 +93,18 @@ class Video:
         return f"{source} is neither an image nor a video that OpenCV reads, or is damaged"
 
     def _read(self) -> tuple[float, NDArray[np.uint8]] | None:
-        """Returns the next frame's stamp in ms and its picture, None at the end."""
+        """Returns the next frame's stamp in ms and its picture, None at the end.
+
+        A camera's stamps are of this machine's clock, from the first frame on: drivers differ in
+        what they count from, and some do not count.
+        """
         there, picture = self._capture.read()
         if not there:
             return None
+        if self._camera:
+            stamp = 1e3 * time.monotonic()
+            self._opened_ms = stamp if self._opened_ms is None else self._opened_ms
+            return stamp - self._opened_ms, to_grey(picture)
         return self._capture.get(cv2.CAP_PROP_POS_MSEC), to_grey(picture)
 
     def __iter__(self) -> Iterator[Frame]:

@@ -432,6 +432,18 @@ def test_patterns_and_doubles(folder):
     assert "holds no image and no video" in find_sources([str(folder / "bare")])[1][0]
 
 
+def test_results_and_hidden_files_are_no_input(folder, predictor):
+    """The second run of `pupilseg predict . --out found` must not look at its own pictures."""
+    (folder / "in" / "._1.png").write_bytes(b"what macOS leaves on other disks")
+    out = folder / "in" / "found"
+    for path in (str(folder / "in"), str(folder / "in" / "**" / "*.*g")):
+        for _ in range(2):
+            done = predict_paths(predictor, [path], out, Options(masks=True))
+            assert (done.frames, len(done.failed)) == (13 if path.endswith("in") else 12, 1)
+    named = str(out / "overlays" / "1.jpg")
+    assert predict_paths(predictor, [named], folder / "in" / "found").frames == 1
+
+
 def test_what_is_a_video(folder, eyes):
     write_video(folder / "in" / "v.avi", eyes)
     (folder / "in" / "v.avi").rename(folder / "in" / "v.bin")
@@ -494,6 +506,29 @@ def test_times_without_stamps_are_counted(eyes, tmp_path, caplog, predictor):
         with caplog.at_level("WARNING"):
             predict_paths(predictor, [str(tmp_path / "v.mjpeg")], tmp_path / "out")
         assert "has no timestamps; time_s is" in caplog.text
+
+
+def test_a_camera_is_read_until_it_is_stopped(predictor, eyes, tmp_path, monkeypatch):
+    """With a file in the place of the camera, which this machine lacks."""
+    video = write_video(tmp_path / "v.avi", eyes, fps=5)
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(
+        "cv2.VideoCapture", lambda source: capture(str(video) if source == 7 else source)
+    )
+    asked = iter([False, False, False, True])
+    done = predict_paths(predictor, ["7"], tmp_path / "out", stop=lambda: next(asked))
+    assert (done.frames, done.failed) == (4, [])
+    rows = read_rows(tmp_path / "out")
+    assert {row["file"] for row in rows} == {"camera:7"}
+    times = [float(row["time_s"]) for row in rows]
+    assert times[0] == 0
+    assert times == sorted(times)
+    assert times[3] < 0.5  # when it came, not what a rate says
+    assert (tmp_path / "out" / "overlays" / "camera7.mp4").is_file()
+    # Another recording is another one: it is not skipped.
+    options = Options(skip_existing=True)
+    again = predict_paths(predictor, ["7"], tmp_path / "out", options, stop=lambda: True)
+    assert (again.frames, again.skipped) == (1, 0)
 
 
 def test_missing_camera():
