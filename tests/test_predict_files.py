@@ -410,11 +410,38 @@ def test_output_that_cannot_be_written(predictor, folder):
     assert not (out / "pupil.csv").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; see the next test")
 def test_no_permission(predictor, folder):
     (folder / "out").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="no permission"):
         predict_paths(predictor, [str(folder / "in")], folder / "out")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("kind", "content", "said"),
+    [
+        ("ro", "images", "the file system is read-only"),
+        ("size=64k", "images", "the disk is full"),
+        ("size=400k", "video", "cannot write .*v.mp4"),
+    ],
+)
+def test_disk(kind, content, said, predictor, folder, eyes):
+    """A real small file system, where this user may mount one."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", kind, "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    noise = np.random.default_rng(0).integers(0, 255, (12, HEIGHT, WIDTH), np.uint8)
+    path = folder / "in" if content == "images" else write_video(folder / "v.avi", list(noise))
+    try:
+        with pytest.raises(OutputError, match=said):
+            predict_paths(predictor, [str(path)], disk / "out")
+        assert not list(disk.rglob("pupil.csv"))
+        assert not list(disk.rglob("*.mp4"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # --- what paths mean ----------------------------------------------------------------------------
