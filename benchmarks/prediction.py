@@ -21,9 +21,10 @@ from benchmarks.machine import machine_line
 from pupilseg.calibration import reliability
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_mask
 from pupilseg.judged import Certainty, judge
+from pupilseg.letterbox import Letterbox
 from pupilseg.network import OnnxNetwork, onnx_session
 from pupilseg.pictures import write_image
-from pupilseg.postprocess import Letterbox, find_blob, margin_near, sub_pixel_ellipse
+from pupilseg.postprocess import find_blob, margin_near, sub_pixel_ellipse
 from pupilseg.predict import Predictor
 from pupilseg.predict_files import Options, predict_paths
 from pupilseg.synthetic import render

@@ -108,8 +108,22 @@ def fit_calibration(
         parameters -= step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
         if np.abs(step).max() < 1e-9:
             break
-    slope = max(MIN_SLOPE, float(parameters[0]))
-    return Calibration(round(slope, 6), round(float(parameters[1]), 6), len(raw), data)
+    slope, intercept = (float(value) for value in parameters)
+    if slope < MIN_SLOPE:
+        slope, intercept = MIN_SLOPE, _intercept(MIN_SLOPE * x, float(y.sum()))
+    return Calibration(round(slope, 6), round(intercept, 6), len(raw), data)
+
+
+def _intercept(logits: NDArray[np.float64], wanted: float) -> float:
+    """Returns what to add to logits so that their probabilities add up to a number, by halving."""
+    low, high = -30.0, 30.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if (1 / (1 + np.exp(-(logits + middle)))).sum() < wanted:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 class Reliability(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from pupilseg.calibration import GOOD_PX, Calibration, cross_fitted, fit_calibration
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.postprocess import Letterbox
+from pupilseg.letterbox import Letterbox
 from pupilseg.predict import pupil_from_output
 from pupilseg.progress import progress_bar
 from pupilseg.scoring import centroid

@@ -1,9 +1,9 @@
-"""From a network's output to a pupil in the frame's own pixels: letterbox, blob, confidence."""
+"""From a network's output to a pupil: the plausible blob, its ellipse, a raw confidence."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,11 +15,12 @@ from pupilseg.geometry import (
     ellipse_from_mask,
     ellipse_from_weights,
     ellipse_mask,
-    letterbox_box,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from pupilseg.letterbox import Letterbox
 
 MIN_AREA_PX = 60
 """Smallest blob taken for a pupil, in network pixels: a disc of 4.4 px radius."""
@@ -30,146 +31,6 @@ MIN_FILL = 0.75
 
 Measured on the labels of 1,318 rendered and 100 OpenEDS pupils: least fill 0.96, least aspect 0.22,
 none refused."""
-
-
-class Letterbox(NamedTuple):
-    """Where a frame lies in the network's 400 x 640, and the way back to its own pixels.
-
-    Pixel x of the frame has its centre at `(x + 0.5) * scale_x - 0.5 + left` in the network.
-
-    Attributes:
-        frame_height: rows of the frame.
-        frame_width: columns of the frame.
-        top: first row of the network's image that shows the frame.
-        left: first column.
-        height: rows that show it.
-        width: columns that show it.
-    """
-
-    frame_height: int
-    frame_width: int
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, shape: tuple[int, int]) -> Self:
-        """Returns the centred letterbox, aspect kept, of a frame of (height, width)."""
-        return cls(*shape, *letterbox_box(*shape, "letterbox"))
-
-    @property
-    def scale_x(self) -> float:
-        """Network pixels a frame pixel, along x."""
-        return self.width / self.frame_width
-
-    @property
-    def scale_y(self) -> float:
-        """Network pixels a frame pixel, along y; differs from `scale_x` by rounding only."""
-        return self.height / self.frame_height
-
-    @property
-    def is_identity(self) -> bool:
-        """Says whether the frame has the network's size."""
-        return (self.frame_height, self.frame_width) == (HEIGHT, WIDTH)
-
-    @property
-    def content(self) -> tuple[slice, slice]:
-        """Rows and columns of the network's image that show the frame."""
-        return (
-            slice(self.top, self.top + self.height),
-            slice(self.left, self.left + self.width),
-        )
-
-    def fit(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns the frame, uint8 (H, W), as uint8 (400, 640) on black, as sources resize it."""
-        if self.is_identity:
-            return frame
-        shrinks = self.height * self.width < frame.size
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        fitted = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-        fitted[self.content] = cv2.resize(frame, (self.width, self.height), interpolation=how)
-        return fitted
-
-    def ellipse_to_frame(self, ellipse: Ellipse) -> Ellipse:
-        """Returns an ellipse of network pixels in the frame's pixels."""
-        if self.is_identity:
-            return ellipse
-        cos, sin = math.cos(ellipse.angle_rad), math.sin(ellipse.angle_rad)
-        turn = np.array([[cos, -sin], [sin, cos]])
-        shrink = np.diag([1 / self.scale_x, 1 / self.scale_y])
-        axes = np.diag([ellipse.semi_axis_a_px, ellipse.semi_axis_b_px])
-        # Any matrix M with ellipse = M * unit circle has the semi-axes as singular values.
-        directions, (a, b), _ = np.linalg.svd(shrink @ turn @ axes)
-        angle = math.atan2(directions[1, 0], directions[0, 0])
-        if a - b <= 1e-9 * a:
-            angle = ellipse.angle_rad  # a circle has no direction; keep the one it was given
-        elif angle <= -math.pi / 2:
-            angle += math.pi
-        elif angle > math.pi / 2:
-            angle -= math.pi
-        return Ellipse(
-            (ellipse.center_x_px - self.left + 0.5) / self.scale_x - 0.5,
-            (ellipse.center_y_px - self.top + 0.5) / self.scale_y - 0.5,
-            float(a),
-            float(b),
-            angle,
-        )
-
-    def mask_to_frame(
-        self, margin: NDArray[np.float32], blob: NDArray[np.uint8]
-    ) -> NDArray[np.uint8]:
-        """Returns the blob in the frame: `margin` interpolated at each pixel's centre, over zero.
-
-        Args:
-            margin: float32 (400, 640), positive where the network sees pupil.
-            blob: uint8 (400, 640) of {0, 1}: the part of `margin > 0` that is meant.
-
-        Returns:
-            uint8 (frame_height, frame_width) of {0, 1}.
-        """
-        if self.is_identity:
-            return blob
-        # One pixel wider: interpolation may find the border up to a pixel outside the blob.
-        near = cv2.dilate(blob, np.ones((3, 3), dtype=np.uint8))
-        rows, y = _window(near.max(axis=1), self.content[0], self.scale_y, self.frame_height)
-        columns, x = _window(near.max(axis=0), self.content[1], self.scale_x, self.frame_width)
-        inside = margin[self.content]
-        sampled = _interpolate(_interpolate(inside, y - self.top).T, x - self.left).T
-        nearest = np.ix_(np.rint(y).astype(np.intp), np.rint(x).astype(np.intp))
-        mask = np.zeros((self.frame_height, self.frame_width), dtype=np.uint8)
-        mask[rows, columns] = (sampled > 0) & (near[nearest] != 0)
-        return mask
-
-
-def _window(
-    occupied: NDArray[np.uint8], content: slice, scale: float, size: int
-) -> tuple[slice, NDArray[np.float64]]:
-    """Finds the frame's pixels that may show occupied network pixels, along one axis.
-
-    Args:
-        occupied: uint8 (400,) or (640,), at least one not zero.
-        content: network pixels that show the frame.
-        scale: network pixels a frame pixel.
-        size: the frame's pixels.
-
-    Returns:
-        The frame's pixels, and the network coordinates of their centres, within `content`.
-    """
-    found = np.flatnonzero(occupied)
-    first = max(0, math.floor((found[0] - content.start) / scale) - 1)
-    last = min(size, math.ceil((found[-1] + 1 - content.start) / scale) + 1)
-    position = (np.arange(first, last) + 0.5) * scale - 0.5 + content.start
-    return slice(first, last), position.clip(content.start, content.stop - 1)
-
-
-def _interpolate(values: NDArray[Any], position: NDArray[np.float64]) -> NDArray[Any]:
-    """Returns rows of `values` at fractional positions 0 .. rows - 1, linear between two rows."""
-    low = np.floor(position).astype(np.intp)
-    high = np.minimum(low + 1, len(values) - 1)
-    part = (position - low).astype(np.float32)[:, None]
-    mixed: NDArray[Any] = values[low] * (1 - part) + values[high] * part
-    return mixed
 
 
 class Blob(NamedTuple):

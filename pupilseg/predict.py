@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pupilseg.geometry import Ellipse, ellipse_from_vector
+from pupilseg.letterbox import Letterbox
 from pupilseg.network import OnnxNetwork
 from pupilseg.postprocess import (
-    Letterbox,
     blob_confidence,
     draw_ellipse,
     ellipse_confidence,

@@ -48,7 +48,7 @@ def make_artifacts(
     for name, make in (
         ("curves.png", lambda path: _write_curves(history_file, path)),
         ("predictions.png", lambda path: _write_predictions(model_file, validation, path)),
-        (f"{model_file.stem}.onnx", lambda path: _write_onnx(model_file, path)),
+        (f"{model_file.stem}.onnx", lambda path: _write_onnx(model_file, validation, path)),
     ):
         if _made(make, folder / name):
             yield folder / name
@@ -69,10 +69,10 @@ def _write_curves(history_file: Path, path: Path) -> None:
         temporary.write_bytes(drawn)
 
 
-def _write_onnx(model_file: Path, path: Path) -> None:
+def _write_onnx(model_file: Path, validation: ShardSet, path: Path) -> None:
     from pupilseg.export import export_onnx
 
-    export_onnx(model_file, path)
+    export_onnx(model_file, path, calibrate_on=validation.directory)
 
 
 def _write_predictions(model_file: Path, validation: ShardSet, path: Path) -> None:

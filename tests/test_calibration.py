@@ -49,6 +49,13 @@ def test_any_frames_give_an_increasing_map(pairs, low, high):
     assert Calibration.from_json(found.to_json()) == found
 
 
+def test_a_score_that_misleads_still_keeps_its_order():
+    raw, good = np.repeat([0.2, 0.9], 20), np.repeat([True, False], 20)
+    found = fit_calibration(raw, good)
+    assert found(0.2) < found(0.9)
+    assert found(0.9) == pytest.approx(0.5, abs=0.1)
+
+
 def test_few_good_frames_promise_little():
     assert fit_calibration(np.full(3, 0.99), np.ones(3, bool))(0.99) <= 0.8
     assert fit_calibration(np.empty(0), np.empty(0, bool))(1.0) <= 0.5

@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -26,9 +27,10 @@ from pupilseg.geometry import (
     ellipse_mask,
     ellipse_vector,
 )
+from pupilseg.letterbox import Letterbox
 from pupilseg.network import onnx_session
 from pupilseg.pictures import GREEN, RED, compare, overlay, read_image
-from pupilseg.postprocess import Letterbox, draw_ellipse, find_blob
+from pupilseg.postprocess import draw_ellipse, find_blob
 from pupilseg.predict import BATCH_SIZE, Predictor
 from pupilseg.preprocess import get_preprocessing
 from pupilseg.synthetic import render
@@ -117,13 +119,14 @@ def test_stream_gives_what_single_calls_give(predictor, slots):
 
     def camera():
         for i in itertools.count():
-            drawn.append(i)
+            drawn.append(threading.current_thread() is threading.main_thread())
             yield frames[i % 5]
 
     with contextlib.closing(predictor.stream(camera(), slots=slots)) as stream:
         for frame, found in zip(frames, stream, strict=False):
             assert found[1:] == predictor(frame)[1:]
         assert len(drawn) <= 6 + slots + 1  # an endless source is not run away from
+    assert set(drawn) == {slots == 0}
     if not slots:
         assert len(drawn) <= 6
     with pytest.raises(ValueError, match="cvtColor"):
@@ -185,6 +188,15 @@ def corner(frame):
     frame[rows + columns < 200] = 20
 
 
+def far_corner(frame):
+    corner(frame[::-1, ::-1])
+
+
+def near_corners(frame):
+    corner(frame[:, ::-1])
+    corner(frame[::-1])
+
+
 def ring(frame):
     frame[(draw(disc(320, 200, 150)) < 70) & (draw(disc(320, 200, 130)) > 70)] = 20
 
@@ -193,7 +205,9 @@ def slit(frame):
     frame[300:312, 100:500] = 20
 
 
-@pytest.mark.parametrize("distraction", [border, corner, ring, slit, disc(500, 300, 4)])
+@pytest.mark.parametrize(
+    "distraction", [border, corner, far_corner, near_corners, ring, slit, disc(500, 300, 4)]
+)
 def test_only_a_plausible_blob_is_a_pupil(predictor, distraction):
     assert predictor(draw(distraction)).ellipse is None
     found = predictor(draw(distraction, disc(330, 210, 40)))
