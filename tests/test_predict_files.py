@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -535,13 +536,34 @@ def test_times_without_stamps_are_counted(eyes, tmp_path, caplog, predictor):
         assert "has no timestamps; time_s is" in caplog.text
 
 
-def test_a_camera_is_read_until_it_is_stopped(predictor, eyes, tmp_path, monkeypatch):
-    """With a file in the place of the camera, which this machine lacks."""
+@pytest.fixture
+def camera_7(eyes, tmp_path, monkeypatch):
+    """A file in the place of a camera, which this machine lacks."""
     video = write_video(tmp_path / "v.avi", eyes, fps=5)
     capture = cv2.VideoCapture
     monkeypatch.setattr(
         "cv2.VideoCapture", lambda source: capture(str(video) if source == 7 else source)
     )
+
+
+@pytest.mark.usefixtures("camera_7")
+def test_an_interrupted_video_leaves_no_half_and_no_thread(predictor, tmp_path):
+    asked = iter([False, False])
+
+    def stop():
+        if next(asked, None) is None:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_paths(predictor, ["7"], tmp_path / "out", stop=stop)
+    left = {p.name for p in (tmp_path / "out").rglob("*")}
+    assert left == {"overlays", JOURNAL_NAME}
+    assert not [t for t in threading.enumerate() if t.name == "pupilseg-step"]
+
+
+@pytest.mark.usefixtures("camera_7")
+def test_a_camera_is_read_until_it_is_stopped(predictor, tmp_path):
     asked = iter([False, False, False, True])
     done = predict_paths(predictor, ["7"], tmp_path / "out", stop=lambda: next(asked))
     assert (done.frames, done.failed) == (4, [])
