@@ -222,14 +222,14 @@ def train(
         args.resume = str(state)
     if (run_dir / INITIAL).is_file():
         args.init = run_dir / INITIAL
-    best = run_dir / names.best
-    onnx = best.with_suffix(".onnx")
     with TemporaryDirectory(prefix="shards-") as local:
         code = train_as_asked(
             args, model, run_dir, lambda: copy_shards(find_shards(data), Path(local)), tell
         )
         if code:
             raise InterruptedError(f"{run_dir.name} was stopped; the next attempt goes on with it")
+        best = run_dir / names.best
+        onnx = best.with_suffix(".onnx")
         exported = export_onnx(best, onnx, calibrate_on=Path(local) / "validation")
     result = {
         "model": model,
