@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,12 @@ def _predict(args: argparse.Namespace) -> int:
     predictor = Predictor(model_path(args.model), args.threads)
     camera = any(path.isdecimal() and not Path(path).exists() for path in args.paths)
     until = finishing("this frame") if camera else contextlib.nullcontext(lambda: False)
-    with until as stop:
-        done = predict_paths(predictor, args.paths, args.out, options, stop=stop)
+    try:
+        with until as stop:
+            done = predict_paths(predictor, args.paths, args.out, options, stop=stop)
+    except KeyboardInterrupt:
+        sys.stderr.write("finished files are kept; --skip-existing goes on behind them\n")
+        raise
     rate = f" ({done.frames / done.seconds:.0f} frames/s)" if done.frames else ""
     skipped = f", {done.skipped} files done before" if done.skipped else ""
     print(

@@ -35,7 +35,7 @@ def test_what_is_promised_comes_on_other_frames():
     assert reliability(cross_fitted(raw, good), good).error < 0.03
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=40),
     st.floats(0, 1),
