@@ -20,6 +20,8 @@ import torch
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.files import atomic_path
 from pupilseg.models import create_model
+from pupilseg.pretrained import RELEASED, weights_path
+from pupilseg.weight_files import read_weights
 
 if TYPE_CHECKING:
     import os
@@ -156,7 +158,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, foreign, or of a newer format.
     """
     path = Path(path)
-    card = _checked(path)
+    card = read_weights(path)[1] if path.suffix == RELEASED else _checked(path)
     if card is None:
         raise CheckpointError(
             f"{path} does not say which network it holds (no {CARD_MEMBER} inside); pass a file "
@@ -177,6 +179,8 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: missing, damaged, or holding anything but tensors and plain values.
     """
     path = Path(path)
+    if path.suffix == RELEASED:
+        return dict(read_weights(path)[0])
     _checked(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,8 +221,15 @@ def load_weights(
     model.load_state_dict(dict(weights))
 
 
-def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
-    """Rebuilds a trained network from its file alone.
+def load_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, pretrained: bool = False
+) -> nn.Module:
+    """Rebuilds a trained network from its file alone, or from the released weights.
+
+    Args:
+        path: a model file (*.pt, *.safetensors); with `pretrained`, a network's name.
+        device: where the network is to be.
+        pretrained: take the weights of that name that come with the package.
 
     Returns:
         The network in evaluation mode on `device`; its `card` attribute holds the description
@@ -226,7 +237,10 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
 
     Raises:
         CheckpointError: the file is missing, damaged or foreign.
+        UsageError: there are no released weights of that name.
     """
+    if pretrained:
+        path = weights_path(str(path), RELEASED)
     card = read_card(path)
     try:
         model = create_model(card["model"], **architecture_of(card))

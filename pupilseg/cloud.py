@@ -22,6 +22,7 @@ from pupilseg.cloud_client import (
     checked,
     errors_told,
     folder_prefix,
+    initial_file,
     present,
     read_flags,
     remote_dataset,
@@ -40,7 +41,7 @@ SYSTEM_LIBRARIES = ("libgl1", "libglib2.0-0")
 """What the wheel of OpenCV links to and a slim image lacks."""
 PACKAGES = (
     *("numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML"),
-    *("torch", "huggingface_hub", "mlflow", "matplotlib"),
+    *("torch", "safetensors", "huggingface_hub", "mlflow", "matplotlib"),
     *("onnx", "onnxscript", "onnxruntime"),
 )
 HOME = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ TRAIN_FLAGS = _DATA_FLAGS | {
     "gpu": "kinds to try, in this order",
     "output_dir": "gets the checkpoints and the ONNX file",
     "resume": f"go on with a run of the volume {CHECKPOINT_VOLUME}, or bring its files",
-    "init": "start from the weights of a model file (*.pt) of this machine",
+    "init": "start from the weights of a model file of this machine, or: pretrained",
     "limit": "use the first N frames of each split",
     "augment": "change the frames at random (default: yes)",
     "compile": "torch.compile (default: yes)",
@@ -156,7 +157,7 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
             result = result_of(checkpoint_volume, run)
             if result is None:
                 if init is not None:
-                    send_initial(checkpoint_volume, run, Path(init))
+                    send_initial(checkpoint_volume, run, initial_file(model, init))
                 print(f"run {run} on {gpu}; to go on if it is cut off: --resume {run}", flush=True)
                 if not present(data_volume, f"{data[1]}/shards/validation/manifest.json"):
                     checked(prepare.remote(model, flags, *data))

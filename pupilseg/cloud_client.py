@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import PupilSegError, UsageError
 from pupilseg.files import atomic_path
+from pupilseg.pretrained import PRETRAINED, RELEASED, weights_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 """Written last into a run's folder: what the run came to, and its files."""
-INITIAL = "initial.pt"
-"""In a run's folder: the model file whose weights it starts from."""
+INITIAL = "initial"
+"""In a run's folder: the model file whose weights it starts from, without its suffix."""
 _RUN = re.compile(r"\w[\w.-]*")
 
 
@@ -133,16 +134,22 @@ def run_name(model: str, resume: str | None, volume: modal.Volume, volume_name: 
     return resume
 
 
-def send_initial(volume: modal.Volume, run: str, path: Path) -> None:
-    """Copies a model file into a run's folder, for the run to start from.
+def initial_file(model: str, init: str) -> Path:
+    """Returns the model file that `--init` means; containers get no file of the package but code.
 
     Raises:
         UsageError: there is no such file.
     """
+    path = weights_path(model, RELEASED) if init == PRETRAINED else Path(init)
     if not path.is_file():
         raise UsageError(f"--init {path}: there is no such file; give a model file (*.pt)")
+    return path
+
+
+def send_initial(volume: modal.Volume, run: str, path: Path) -> None:
+    """Copies a model file into a run's folder, for the run to start from."""
     with volume.batch_upload(force=True) as batch:
-        batch.put_file(path, f"/{run}/{INITIAL}")
+        batch.put_file(path, f"/{run}/{INITIAL}{path.suffix}")
 
 
 def result_of(volume: modal.Volume, run: str) -> dict[str, Any] | None:

@@ -220,8 +220,7 @@ def train(
     if state.is_file():
         log.info("going on with %s", run_dir.name)
         args.resume = str(state)
-    if (run_dir / INITIAL).is_file():
-        args.init = run_dir / INITIAL
+    args.init = next(run_dir.glob(f"{INITIAL}.*"), None)
     with TemporaryDirectory(prefix="shards-") as local:
         code = train_as_asked(
             args, model, run_dir, lambda: copy_shards(find_shards(data), Path(local)), tell
@@ -241,7 +240,7 @@ def train(
         "files": sorted(
             path.name
             for path in run_dir.iterdir()
-            if path.is_file() and not path.name.startswith(".") and path.name != INITIAL
+            if path.is_file() and not path.name.startswith(".") and path.stem != INITIAL
         ),
     }
     write_json(result_file, result)

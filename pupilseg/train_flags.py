@@ -22,6 +22,7 @@ from pupilseg.errors import UsageError
 from pupilseg.history import epoch_line
 from pupilseg.initial import initial_architecture
 from pupilseg.parallel import join_ranks
+from pupilseg.pretrained import PRETRAINED, RELEASED, weights_path
 from pupilseg.program import finishing, positive_int, whole_number
 from pupilseg.shards import open_shards
 from pupilseg.train import train
@@ -62,7 +63,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", help="cpu, cuda, cuda:1 or mps (default: cuda where there is one, else cpu)"
     )
     parser.add_argument(
-        "--init", type=Path, metavar="FILE", help="start from the weights of a model file (*.pt)"
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="start from the weights of a model file (*.pt, *.safetensors), or from the released "
+        f"ones: {PRETRAINED}",
     )
     parser.add_argument(
         "--resume",
@@ -162,8 +167,10 @@ def train_as_asked(
         PupilSegError: whatever keeps the run from starting, or from going on.
     """
     config_from(args, model)
-    if args.init is not None:
-        initial_architecture(args.init, model)
+    initial = args.init
+    if initial is not None:
+        initial = weights_path(model, RELEASED) if str(initial) == PRETRAINED else initial
+        initial_architecture(initial, model)
     resume = resume_file(args, model, output_dir)
     with join_ranks(find_device(args.device)) as (ranks, device):
         if args.batch_size is not None:
@@ -181,7 +188,7 @@ def train_as_asked(
                 output_dir,
                 device=device,
                 ranks=ranks,
-                initial=args.init,
+                initial=initial,
                 resume=resume,
                 limit=args.limit,
                 on_epoch=lambda row: tell(epoch_line(row, args.epochs)),

@@ -135,7 +135,7 @@ def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch,
     weights = tmp_path / "weights"
     weights.mkdir()
     monkeypatch.setattr("pupilseg.pretrained.WEIGHTS_DIR", weights)
-    for name in ("micro", "ellipse"):
+    for name in ("efficientvit_tiny", "ellipse"):
         (weights / f"{name}.onnx").write_bytes(model.read_bytes())
     assert main(["predict", str(image), "--out", str(tmp_path / "out")]) == 0
     assert main(["info", "ellipse"]) == 0

@@ -1,0 +1,99 @@
+"""Released weights: safetensors with a card, by name, and into a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pupilseg import load_model, pretrained
+from pupilseg.checkpoint import plain_state_dict, read_card
+from pupilseg.cloud_client import initial_file
+from pupilseg.config import TrainConfig
+from pupilseg.errors import CheckpointError, UsageError
+from pupilseg.initial import RENDERED_LICENCE, initial_architecture, initial_card
+from pupilseg.models import create_model
+from pupilseg.run import Run
+from pupilseg.weight_files import read_weights, write_weights
+
+CARD = {
+    "format": 1,
+    "model": "efficientvit_tiny",
+    "architecture": {"embed_dims": [8, 8, 16]},
+    "preprocessing": "none",
+    "data": "synthetic:9@1",
+    "licence": RENDERED_LICENCE,
+    "metrics": {"valid_pupil_iou": 0.5},
+}
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A package with released weights of one network."""
+    torch.manual_seed(3)
+    model = create_model("efficientvit_tiny", embed_dims=(8, 8, 16))
+    path = tmp_path / "weights" / "efficientvit_tiny.safetensors"
+    write_weights(path, plain_state_dict(model), CARD)
+    monkeypatch.setattr(pretrained, "WEIGHTS_DIR", path.parent)
+    return path, model
+
+
+def test_weights_and_card_come_back_and_the_bytes_are_the_same_each_time(released, tmp_path):
+    path, model = released
+    weights, card = read_weights(path)
+    assert card == CARD
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], value)
+        assert weights[name].dtype == value.dtype
+    write_weights(tmp_path / "again.safetensors", weights, card)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["efficientvit_tiny", "micro"])
+def test_a_network_is_loaded_by_name(released, name):
+    _, model = released
+    found = load_model(name, pretrained=True)
+    assert found.card == CARD
+    assert not found.training
+    frame = torch.rand(1, 1, 400, 640)
+    with torch.inference_mode():
+        assert torch.equal(found(frame), model.eval()(frame))
+
+
+def test_a_run_starts_from_them(released):
+    path, model = released
+    architecture = initial_architecture(path, "efficientvit_tiny")
+    config = TrainConfig(model="efficientvit_tiny", architecture=architecture, epochs=1)
+    run = Run(config, torch.device("cpu"), 1, {}, initial=path)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in run.model.state_dict().items())
+    assert initial_card(path, CARD)["init_data"] == "synthetic:9@1"
+    assert initial_file("efficientvit_tiny", "pretrained") == path
+
+
+def test_what_is_not_there_or_not_ours_is_told(released, tmp_path):
+    path, _ = released
+    with pytest.raises(UsageError, match="this build has no released weights 'ellipse'; train a"):
+        load_model("ellipse", pretrained=True)
+    with pytest.raises(UsageError, match="there are no weights named 'other'; choose one"):
+        load_model("other", pretrained=True)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_model(tmp_path / "gone.safetensors")
+    with pytest.raises(UsageError, match=r"--init .*gone.pt: there is no such file"):
+        initial_file("ellipse", str(tmp_path / "gone.pt"))
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    del header["__metadata__"]
+    bare = json.dumps(header).encode().ljust(size)
+    for damage in (
+        b"",
+        whole[:100],
+        whole[:-5],
+        b"PK" + whole[2:],
+        whole[:8] + bare + whole[8 + size :],
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(CheckpointError, match="is damaged or was not written by pupilseg"):
+            read_card(path)
