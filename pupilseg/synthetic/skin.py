@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HALF = (HEIGHT // 2, WIDTH // 2)
 """Folds and pores are drawn at half size: nothing on skin is sharper than 2 px."""
+PIECE = 3
+"""Points of a fold that share one depth: a call for each would cost 1.5 ms a frame."""
 
 
 def _volumes(rng: np.random.Generator, eye: Eye) -> Field:
@@ -46,11 +48,12 @@ def _volumes(rng: np.random.Generator, eye: Eye) -> Field:
 
 def _crease(canvas: NDArray[np.uint8], line: Field, depth: float, thickness: int) -> None:
     """Draws a fold that fades out at both ends, darker than 128 by up to `depth`, half size."""
-    pieces = len(line) - 1
-    for number in range(pieces):
-        fade = min(1.0, 1.6 * (1 - abs(2 * (number + 0.5) / pieces - 1)))
+    last = len(line) - 1
+    for start in range(0, last, PIECE):
+        stop = min(start + PIECE, last)
+        fade = min(1.0, 1.6 * (1 - abs((start + stop) / last - 1)))
         value = 128 - round(depth * fade)
-        draw_strokes(canvas, line[None, number : number + 2], value, thickness, 0.5)
+        draw_strokes(canvas, line[None, start : stop + 1], value, thickness, 0.5)
 
 
 def _folds(rng: np.random.Generator, eye: Eye) -> NDArray[np.uint8]:
