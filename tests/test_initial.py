@@ -8,28 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import CARD, model_file
 from fakes import FakeDataset
 
-from pupilseg.checkpoint import load_model, plain_state_dict, read_card, save_model
+from pupilseg.checkpoint import load_model, read_card
 from pupilseg.config import TrainConfig
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.export import metadata_of
 from pupilseg.initial import DATA_LICENCE, RENDERED_LICENCE, initial_architecture, initial_card
-from pupilseg.models import create_model
 from pupilseg.run import Run
 from pupilseg.shards import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = {"embed_dims": (8, 8, 16)}
-CARD = {"preprocessing": "none", "data": "synthetic:9@1", "licence": RENDERED_LICENCE}
-
-
-def model_file(path, name="efficientvit_tiny", architecture=None, **card):
-    torch.manual_seed(7)
-    model = create_model(name, **(architecture or {}))
-    card = {"model": name, "architecture": architecture or {}, **CARD, **card}
-    save_model(path, plain_state_dict(model), card)
-    return path
 
 
 def test_a_run_starts_from_the_weights_and_averages_from_them(tmp_path):

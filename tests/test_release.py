@@ -7,13 +7,12 @@ import json
 import cv2
 import pytest
 import torch
+from checkpoints import model_file
 from fakes import FakeDataset
 
 from pupilseg import load_model, release
-from pupilseg.checkpoint import plain_state_dict, save_model
 from pupilseg.errors import UsageError
 from pupilseg.initial import DATA_LICENCE, RENDERED_LICENCE
-from pupilseg.models import create_model
 from pupilseg.predict import Predictor
 from pupilseg.pretrained import WEIGHTS_DIR
 from pupilseg.shards import write_shards
@@ -26,34 +25,20 @@ RECORDED = (
 )
 
 
-@pytest.fixture
-def model(tmp_path):
-    torch.manual_seed(0)
-    network = create_model("efficientvit_tiny")
-    card = {
-        "model": "efficientvit_tiny",
-        "architecture": {},
-        "preprocessing": "none",
-        "data": "synthetic:9@1",
-        "licence": RENDERED_LICENCE,
-        "train_frames": 7,
-        "config": {"epochs": 3, "batch_size": 4, "seed": 5},
-        "metrics": {"valid_pupil_iou": 0.25, "valid_center_px": 7.5},
-    }
-
-    def write(**changes):
-        save_model(tmp_path / "m.pt", plain_state_dict(network), card | changes)
-        return tmp_path / "m.pt"
-
-    return write
+SEEN = {
+    "train_frames": 7,
+    "config": {"epochs": 3, "batch_size": 4, "seed": 5},
+    "metrics": {"valid_pupil_iou": 0.25, "valid_center_px": 7.5},
+}
+"""Of a card, beside what every model file says."""
 
 
-def test_what_is_released_can_be_loaded_checked_and_scored_again(model, tmp_path, monkeypatch):
+def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "FRAMES", 6)
     monkeypatch.setattr(release, "FEW", 2)
     write_shards(FakeDataset(validation=3), "validation", tmp_path / "validation")
     out = tmp_path / "weights"
-    path = model()
+    path = model_file(tmp_path / "m.pt", **SEEN)
     entry = release.release(path, tmp_path / "validation", out, "Real eyes: 3 of 4.")
     assert json.loads((out / "released.json").read_text()) == {"efficientvit_tiny": entry}
     assert entry["renderer_version"] == RENDERER_VERSION
@@ -92,9 +77,10 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(model, tmp_path
 
 
 @pytest.mark.parametrize("licence", [DATA_LICENCE, None])
-def test_weights_that_have_seen_other_data_are_not_released(model, tmp_path, licence):
+def test_weights_that_have_seen_other_data_are_not_released(tmp_path, licence):
+    path = model_file(tmp_path / "m.pt", **SEEN, licence=licence)
     with pytest.raises(UsageError, match="only weights from rendered eyes alone may be released"):
-        release.release(model(licence=licence), tmp_path / "validation", tmp_path / "weights")
+        release.release(path, tmp_path / "validation", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
 
 
