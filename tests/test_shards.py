@@ -25,7 +25,7 @@ from pupilseg.errors import DataError, LockedError, OutputError
 from pupilseg.files import directory_lock
 from pupilseg.geometry import ellipse_from_mask, ellipse_vector
 from pupilseg.preprocess import get_preprocessing
-from pupilseg.shards import open_shards, verify, write_shards
+from pupilseg.shards import codec, open_shards, verify, write_shards
 from pupilseg.shards.format import COLUMNS
 from pupilseg.shards.writer import default_rows_per_shard
 from pupilseg.sources import Sample
@@ -133,6 +133,20 @@ def test_maps_by_another_definition_are_kept_as_they_are(tmp_path, other):
     manifest = write_shards(Other(train=3), "train", tmp_path)
     assert manifest["files"][0]["encodings"]["dist_map"] == {"encoding": "raw"}
     check_equal(Other(train=3), tmp_path)
+
+
+def test_an_encoder_that_errs_is_found_by_decoding(tmp_path, monkeypatch):
+    """The maps then go as they are, computed or brought."""
+
+    def wrong(squared):
+        words, first = codec.pack_squared(squared)
+        words[1234] ^= 1
+        return words, first
+
+    monkeypatch.setattr("pupilseg.shards.columns.pack_squared", wrong)
+    manifest = write_shards(FakeDataset(train=2), "train", tmp_path)
+    assert manifest["files"][0]["encodings"]["dist_map"] == {"encoding": "raw"}
+    check_equal(FakeDataset(train=2), tmp_path)
 
 
 def test_two_valued_weights_of_the_source_keep_their_value(tmp_path):
