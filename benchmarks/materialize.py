@@ -28,11 +28,11 @@ from scipy.ndimage import distance_transform_edt
 
 from benchmarks.machine import machine_line
 from pupilseg import maps
+from pupilseg.files import file_digest
 from pupilseg.sample import check_sample
 from pupilseg.shards import open_shards, verify, write_shards
 from pupilseg.shards.codec import FrameDecoder
 from pupilseg.shards.columns import ShardColumns
-from pupilseg.shards.format import file_digest
 from pupilseg.sources import download, open_dataset
 from pupilseg.synthetic import render
 

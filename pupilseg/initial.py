@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.checkpoint import architecture_of, read_card
 from pupilseg.errors import UsageError
+from pupilseg.files import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,11 +51,10 @@ def initial_card(path: Path, card: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: missing, damaged or foreign.
     """
     before = read_card(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     sources = [before.get("init_data"), before.get("data", "data that its file does not name")]
     free = before.get("licence") == card["licence"] == RENDERED_LICENCE
     return {
-        "init": f"{path.name} sha256:{digest}",
+        "init": f"{path.name} sha256:{file_digest(path)}",
         "init_data": ", then ".join(source for source in sources if source),
         "licence": RENDERED_LICENCE if free else DATA_LICENCE,
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pupilseg.files import file_digest
 from pupilseg.mlflow_run import METRICS_A_REQUEST, NoAnswerError, RefusedError
 
 if TYPE_CHECKING:
@@ -189,22 +189,12 @@ def _send_file(run: MlflowRun, path: Path, folder: str, expected: str | None) ->
         NoAnswerError: the server is gone.
     """
     try:
-        changed = expected is not None and digest(path) != expected
+        changed = expected is not None and file_digest(path) != expected
     except OSError:
         changed = True
     if changed:
         raise RefusedError(f"{path} is not there any more as it was logged")
     run.log_artifact(path, folder)
-
-
-def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _requests(epochs: Sequence[Record]) -> Iterator[list[Record]]:

@@ -7,7 +7,6 @@ three threads, in order; with or without threads the same bytes are written.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from contextlib import closing
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pupilseg.errors import DataError
-from pupilseg.files import directory_lock
+from pupilseg.files import directory_lock, file_digest
 from pupilseg.inputs import find_sources
 from pupilseg.pictures import overlay, read_image, write_image
 from pupilseg.progress import progress_bar
@@ -141,7 +140,7 @@ def predict_paths(
     options = options or Options()
     out = Path(out)
     settings = {
-        "model": hashlib.sha256(predictor.network.path.read_bytes()).hexdigest()[:16],
+        "model": file_digest(predictor.network.path)[:16],
         "roi": None if options.roi is None else list(options.roi),
         "mm_per_px": options.mm_per_px,
         "overlays": options.overlays,

@@ -6,7 +6,6 @@ their data. Scores are on rendered eyes of a series that nothing is trained on.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
@@ -15,7 +14,7 @@ import numpy as np
 from pupilseg.checkpoint import load_tensors, read_card
 from pupilseg.errors import UsageError
 from pupilseg.export import export_onnx
-from pupilseg.files import read_json, write_json, write_text
+from pupilseg.files import file_digest, read_json, write_json, write_text
 from pupilseg.initial import RENDERED_LICENCE
 from pupilseg.model_card import model_card
 from pupilseg.pictures import caption, compare, sheet, write_image
@@ -121,16 +120,11 @@ def release(model_file: Path, shards: Path, out: Path, remarks: str = "") -> dic
     every[name] = {
         "renderer_version": RENDERER_VERSION,
         "scores": {k: round(v, 5) for k, v in summary(scored[:FEW]).items() if v == v},  # noqa: PLR0124 - NaN
-        "sha256": {path.name: digest_of(path) for path in (onnx, weights)},
+        "sha256": {path.name: file_digest(path) for path in (onnx, weights)},
     }
     write_json(record, dict(sorted(every.items())))
     entry: dict[str, Any] = every[name]
     return entry
-
-
-def digest_of(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _worst(scored: list[Scored]) -> NDArray[np.uint8]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from pupilseg import mlflow_run
 from pupilseg.errors import UsageError
+from pupilseg.files import file_digest
 from pupilseg.mlflow_run import MlflowRun, TrackingError, now_ms, without_password
-from pupilseg.outbox import Outbox, digest
+from pupilseg.outbox import Outbox
 from pupilseg.spool import Spool
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Tracker:
         if self._outbox is None:
             return
         try:
-            sha256 = digest(path)
+            sha256 = file_digest(path)
         except OSError as error:
             log.warning("cannot read %s (%s): MLflow does not get it", path, error.strerror)
             return

@@ -12,6 +12,7 @@ from fakes import FakeDataset
 
 from pupilseg import load_model, release
 from pupilseg.errors import UsageError
+from pupilseg.files import file_digest
 from pupilseg.initial import DATA_LICENCE, RENDERED_LICENCE
 from pupilseg.predict import Predictor
 from pupilseg.pretrained import WEIGHTS_DIR
@@ -42,7 +43,7 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
     entry = release.release(path, tmp_path / "validation", out, "Real eyes: 3 of 4.")
     assert json.loads((out / "released.json").read_text()) == {"efficientvit_tiny": entry}
     assert entry["renderer_version"] == RENDERER_VERSION
-    assert {name: release.digest_of(out / name) for name in entry["sha256"]} == entry["sha256"]
+    assert {name: file_digest(out / name) for name in entry["sha256"]} == entry["sha256"]
     assert sorted(entry["sha256"]) == ["efficientvit_tiny.onnx", "efficientvit_tiny.safetensors"]
     for name in entry["sha256"]:
         assert (out / name).stat().st_size < 300_000
@@ -89,7 +90,7 @@ def test_weights_that_have_seen_other_data_are_not_released(tmp_path, licence):
 def test_released_weights_are_those_recorded_and_score_as_recorded(name):
     entry = RECORDED[name]
     for file, digest in entry["sha256"].items():
-        assert release.digest_of(WEIGHTS_DIR / file) == digest
+        assert file_digest(WEIGHTS_DIR / file) == digest
         assert (WEIGHTS_DIR / file).stat().st_size < 300_000
     found = release.summary(release.score_rendered(WEIGHTS_DIR / f"{name}.onnx", release.FEW))
     # Another processor may round a pixel or a logit differently.

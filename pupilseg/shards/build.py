@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pupilseg.errors import DataError
-from pupilseg.files import atomic_path, output_errors, read_json, write_json
+from pupilseg.files import atomic_path, file_digest, output_errors, read_json, write_json
 from pupilseg.preprocess import get_preprocessing
 from pupilseg.sample import check_sample
 from pupilseg.shards.columns import ShardColumns
@@ -25,7 +25,6 @@ from pupilseg.shards.format import (
     NAME,
     Encodings,
     arrow_schema,
-    file_digest,
     shard_name,
 )
 

@@ -24,7 +24,6 @@ in the manifest. Readers refuse a manifest of another format or version.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +33,6 @@ from pupilseg.geometry import HEIGHT, NUM_CLASSES, WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import pyarrow as pa
 
@@ -89,12 +87,6 @@ Encodings = dict[str, dict[str, Any]]
 def shard_name(index: int) -> str:
     """Returns the file name of a shard."""
     return f"shard-{index:05d}.arrow"
-
-
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sums_text(manifest: Mapping[str, Any], manifest_digest: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError
+from pupilseg.files import file_digest
 from pupilseg.progress import progress_bar
 from pupilseg.shards.codec import FrameDecoder
-from pupilseg.shards.format import MANIFEST, SUMS, file_digest, sums_text
+from pupilseg.shards.format import MANIFEST, SUMS, sums_text
 from pupilseg.shards.manifest import read_manifest, rebuild
 from pupilseg.shards.mapped import map_file, parse
 

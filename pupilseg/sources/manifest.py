@@ -17,14 +17,13 @@ Nothing is copied: Hub files stay in the Hub's cache, folders where they are.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError
-from pupilseg.files import directory_lock, read_json, write_json
+from pupilseg.files import directory_lock, file_digest, read_json, write_json
 from pupilseg.sources import openeds, parquet, rendered
 from pupilseg.sources.options import SourceOptions
 from pupilseg.sources.spec import FORMS, Source, parse_source
@@ -201,8 +200,7 @@ def _scan_folder(root: Path, options: SourceOptions) -> dict[str, Any]:
     if paths := parquet.find_parquet(root):
         found = parquet.scan(root, paths, str(root), options)
         for entry in found["files"]:
-            with (root / entry["path"]).open("rb") as file:
-                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            entry["sha256"] = file_digest(root / entry["path"])
         found["source"] = f"parquet:{root.name}"
         return found
     if openeds.is_openeds(root):
