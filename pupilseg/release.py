@@ -6,7 +6,7 @@ their data. Scores are on rendered eyes of a series that nothing is trained on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -20,7 +20,8 @@ from pupilseg.model_card import model_card
 from pupilseg.pictures import caption, compare, sheet, write_image
 from pupilseg.predict import Predictor
 from pupilseg.pretrained import RELEASED
-from pupilseg.scoring import centroid
+from pupilseg.scoring import FrameScores, score_frames, summarise
+from pupilseg.sources.frames import PUPIL_OF_FOUR
 from pupilseg.synthetic import RENDERER_VERSION, render
 from pupilseg.weight_files import write_weights
 
@@ -35,50 +36,42 @@ FRAMES, FEW = 200, 24
 """Frames that a card's scores are of, and those of them that a test can score in seconds."""
 RECORD = "released.json"
 """By network: digest of each file, and the scores of the first `FEW` frames."""
-WORST = 6
+WORST, TILE_PX = 6, (480, 300)
+"""Frames shown on the card, and the size of each."""
 
 
-class Scored(NamedTuple):
-    """A rendered frame, its label, what was found, and the IoU."""
-
-    image: NDArray[np.uint8]
-    label: NDArray[np.bool_]
-    mask: NDArray[np.bool_]
-    iou: float
-    center_px: float
+Found = tuple["NDArray[np.uint8]", "NDArray[np.bool_]", "NDArray[np.bool_]"]
+"""A rendered frame, its label, and the mask that was found in it."""
 
 
-def score_rendered(onnx: Path, frames: int) -> list[Scored]:
-    """Scores an ONNX file on the first frames of `SERIES`, as `pupilseg predict` would use it.
-
-    A closed eye has IoU 1 where nothing is found, else 0; the centre's error is NaN where label or
-    prediction is empty.
-    """
-    predictor, scored = Predictor(onnx), []
-    for index in range(frames):
-        eye = render(index, SERIES)
-        label, mask = eye.classes == 3, predictor(eye.image).mask != 0
-        union = np.count_nonzero(label | mask)
-        iou = np.count_nonzero(label & mask) / union if union else 1.0
-        error = float(np.linalg.norm(centroid(label) - centroid(mask)))
-        scored.append(Scored(eye.image, label, mask, iou, error))
-    return scored
+def predict_rendered(onnx: Path, frames: int) -> list[Found]:
+    """Predicts the first frames of `SERIES` as `pupilseg predict` would."""
+    predictor = Predictor(onnx)
+    eyes = (render(index, SERIES) for index in range(frames))
+    return [
+        (eye.image, eye.classes == PUPIL_OF_FOUR, predictor(eye.image).mask != 0) for eye in eyes
+    ]
 
 
-def summary(scored: list[Scored]) -> dict[str, float]:
+def score(found: list[Found]) -> FrameScores:
+    """Scores frames of `SERIES`, from the first on."""
+    pairs = ((label, mask) for _, label, mask in found)
+    return score_frames([f"{SERIES}/{index}" for index in range(len(found))], pairs)
+
+
+def summary(scores: FrameScores) -> dict[str, float]:
     """Returns the scores of frames: frames, pupil_iou, pupil_iou_p5, center_px, found.
 
-    `found` is the share of the open eyes, `center_px` the mean over those found, NaN without any.
+    IoU is over all frames, a closed eye with 1 where nothing is found and else 0. `found` is the
+    share of the open eyes, `center_px` the mean over those found, NaN without any.
     """
-    iou = np.array([frame.iou for frame in scored])
-    errors = [frame.center_px for frame in scored if not np.isnan(frame.center_px)]
-    opened = [frame for frame in scored if frame.label.any()]
+    of_all = summarise(scores)
     return {
-        "frames": len(scored),
-        "pupil_iou": float(iou.mean()),
-        "pupil_iou_p5": float(np.quantile(iou, 0.05)),
-        "center_px": float(np.mean(errors)) if errors else float("nan"),
-        "found": float(np.mean([frame.mask.any() for frame in opened])),
+        "frames": len(scores.names),
+        "pupil_iou": float(scores.pupil_iou.mean()),
+        "pupil_iou_p5": float(np.quantile(scores.pupil_iou, 0.05)),
+        "center_px": of_all["center_error_px_mean"],
+        "found": of_all["found_share"],
     }
 
 
@@ -108,18 +101,20 @@ def release(model_file: Path, shards: Path, out: Path, remarks: str = "") -> dic
     onnx, weights = out / f"{name}.onnx", out / f"{name}{RELEASED}"
     exported = export_onnx(model_file, onnx, calibrate_on=shards)
     write_weights(weights, load_tensors(model_file), card)
-    scored = score_rendered(onnx, FRAMES)
+    found = predict_rendered(onnx, FRAMES)
+    scores = score(found)
     picture = out / f"{name}_worst.jpg"
-    write_image(picture, _worst(scored))
+    write_image(picture, _worst(found, scores))
     files = {"onnx": onnx, "weights": weights, "picture": picture}
     parameters = int(exported["metadata"]["parameters"])
-    text = model_card(card, parameters, files, summary(scored), remarks)
+    text = model_card(card, parameters, files, summary(scores), remarks)
     write_text(out / f"{name}.md", text)
     record = out / RECORD
     every = read_json(record, mend=f"remove {record}") if record.exists() else {}
+    few = summary(score(found[:FEW]))
     every[name] = {
         "renderer_version": RENDERER_VERSION,
-        "scores": {k: round(v, 5) for k, v in summary(scored[:FEW]).items() if v == v},  # noqa: PLR0124 - NaN
+        "scores": {k: round(v, 5) for k, v in few.items() if v == v},  # noqa: PLR0124 - NaN
         "sha256": {path.name: file_digest(path) for path in (onnx, weights)},
     }
     write_json(record, dict(sorted(every.items())))
@@ -127,12 +122,11 @@ def release(model_file: Path, shards: Path, out: Path, remarks: str = "") -> dic
     return entry
 
 
-def _worst(scored: list[Scored]) -> NDArray[np.uint8]:
+def _worst(found: list[Found], scores: FrameScores) -> NDArray[np.uint8]:
     """Returns the frames with the least IoU as one picture: label green, prediction red."""
     tiles = []
-    for frame in sorted(scored, key=lambda frame: frame.iou)[:WORST]:
-        tile = compare(frame.image, frame.label, frame.mask)
-        tile = np.asarray(cv2.resize(tile, (640, 400), interpolation=cv2.INTER_AREA), np.uint8)
-        caption(tile, f"IoU {frame.iou:.3f}")
-        tiles.append(tile)
-    return sheet(tiles, (480, 300))
+    for index in np.argsort(scores.pupil_iou, kind="stable")[:WORST]:
+        tile = cv2.resize(compare(*found[index]), TILE_PX, interpolation=cv2.INTER_AREA)
+        tiles.append(np.asarray(tile, np.uint8))
+        caption(tiles[-1], f"IoU {scores.pupil_iou[index]:.3f}")
+    return sheet(tiles, TILE_PX)
