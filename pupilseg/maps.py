@@ -167,6 +167,39 @@ def signed_tables() -> NDArray[np.float32]:
     return np.stack([u / DIAGONAL, (1 - u) / DIAGONAL]).astype(np.float32)
 
 
+def write_signed_distances(
+    squared: NDArray[np.float32], scaled: NDArray[np.float64], out: NDArray[np.float32]
+) -> None:
+    """Writes what u^2 is in both maps where the label is 0: inside class 0, outside class 1.
+
+    Computed in float64 and rounded once: with lookups it takes longer (docs/benchmarks.md). Each of
+    the 567,523 possible u^2 comes out as in `signed_tables` (tests/test_codec.py).
+
+    Args:
+        squared: float32 (400, 640) of integers.
+        scaled: float64 (400, 640), scratch.
+        out: float32 (2, 400, 640).
+    """
+    np.copyto(scaled, squared)
+    cv2.sqrt(scaled, dst=scaled)  # half the time of NumPy's
+    np.multiply(scaled, 1 / DIAGONAL, out=scaled)
+    np.copyto(out[1], scaled, casting="same_kind")
+    np.subtract(1 / DIAGONAL, scaled, out=scaled)
+    np.copyto(out[0], scaled, casting="same_kind")
+
+
+def exchange_in_pupil(near: NDArray[np.float32], pupil: NDArray[np.bool_]) -> None:
+    """Exchanges both maps where the label is 1, in place.
+
+    Args:
+        near: float32 (2, h, w), the part of the maps around the pupil.
+        pupil: bool (h, w), the label there.
+    """
+    before = near[1].copy()
+    np.copyto(near[1], near[0], where=pupil)
+    np.copyto(near[0], before, where=pupil)
+
+
 def maps_from_squared(
     squared: NDArray[np.integer], label: NDArray[np.generic]
 ) -> NDArray[np.float32]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from pupilseg import maps
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_vector
-from pupilseg.shards.codec import distance_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +22,8 @@ class TargetMaker:
 
     def __init__(self) -> None:
         self.level = np.empty((HEIGHT, WIDTH), np.float32)
-        self._distance = np.empty((HEIGHT, WIDTH), np.float32)
-        self._squared = np.empty((HEIGHT, WIDTH), np.intp)
+        self._squared = np.empty((HEIGHT, WIDTH), np.float32)
+        self._scaled = np.empty((HEIGHT, WIDTH), np.float64)
         self._mask = np.empty((HEIGHT, WIDTH), np.uint8)
 
     def write(self, label: NDArray[np.bool_], new: dict[str, NDArray[Any]]) -> None:
@@ -45,14 +44,7 @@ class TargetMaker:
 
     def _write_maps(self, mask: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Writes both distance maps, float32 (2, 400, 640)."""
-        outside, inside = distance_tables()
-        squared = self._squared
-        maps.write_squared_distance(mask, self._distance)
-        np.copyto(squared, self._distance, casting="unsafe")
-        # No square is beyond the table; `wrap` is the quickest mode that writes into `out`.
-        np.take(outside, squared, out=out[1], mode="wrap")
-        np.take(inside, squared, out=out[0], mode="wrap")
-        near = maps.pupil_box(mask, margin=0)
-        pupil, pupil_inside = mask[near] != 0, out[0][near].copy()
-        np.copyto(out[0][near], out[1][near], where=pupil)
-        np.copyto(out[1][near], pupil_inside, where=pupil)
+        maps.write_squared_distance(mask, self._squared)
+        maps.write_signed_distances(self._squared, self._scaled, out)
+        rows, columns = maps.pupil_box(mask, margin=0)
+        maps.exchange_in_pupil(out[:, rows, columns], mask[rows, columns] != 0)

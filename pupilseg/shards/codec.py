@@ -14,7 +14,12 @@ import numpy as np
 
 from pupilseg.errors import DataError
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.maps import DIAGONAL, MAX_DISTANCE_SQUARED, signed_tables
+from pupilseg.maps import (
+    MAX_DISTANCE_SQUARED,
+    exchange_in_pupil,
+    signed_tables,
+    write_signed_distances,
+)
 from pupilseg.shards.format import COLUMNS, RAW, U2, Encodings
 
 if TYPE_CHECKING:
@@ -177,25 +182,17 @@ class FrameDecoder:
     ) -> None:
         """Writes both signed distance maps, float32 (2, 400, 640), from u^2 and the label.
 
-        Computed in float64 and rounded once: with lookups it takes longer (docs/benchmarks.md).
-        Each of the 567,523 possible u^2 comes out as in `distance_tables` (tested).
-
         Raises:
             DataError: as `squared`, or a value that no distance has.
         """
-        squared, scaled = self.squared(stored, first), self._scaled
-        np.copyto(scaled, squared)
-        cv2.sqrt(scaled, dst=scaled)  # half the time of NumPy's
-        np.multiply(scaled, 1 / DIAGONAL, out=scaled)
-        np.copyto(out[1], scaled, casting="same_kind")
+        squared = self.squared(stored, first)
+        write_signed_distances(squared, self._scaled, out)
         # The largest distance is the diagonal; the root of a negative number compares as false.
         if not out[1].max() <= 1:
             raise DataError(
                 f"dist_map holds squared distances {squared.min():.0f}..{squared.max():.0f}, "
                 f"expected 0..{MAX_DISTANCE_SQUARED}"
             )
-        np.subtract(1 / DIAGONAL, scaled, out=scaled)
-        np.copyto(out[0], scaled, casting="same_kind")
         _exchange_in_pupil(label_bits.reshape(HEIGHT, WIDTH // 8), out)
 
 
@@ -212,10 +209,7 @@ def _exchange_in_pupil(bits: NDArray[np.uint8], maps: NDArray[np.float32]) -> No
     columns = np.flatnonzero(bits[rows[0] : rows[-1] + 1].max(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     pupil = np.unpackbits(bits[top:bottom, left:right], axis=1, bitorder="little").view(np.bool_)
-    near = maps[:, top:bottom, 8 * left : 8 * right]
-    before = near[1].copy()
-    np.copyto(near[1], near[0], where=pupil)
-    np.copyto(near[0], before, where=pupil)
+    exchange_in_pupil(maps[:, top:bottom, 8 * left : 8 * right], pupil)
 
 
 def decode_row(

@@ -99,9 +99,9 @@ class ShardColumns:
         self._weights_raw[row] = weights.reshape(-1)
 
     def _add_distances(self, row: int, sample: Sample) -> None:
-        if self._dist_raw is None and self._pack_distances(row, sample):
-            return
         if self._dist_raw is None:
+            if self._pack_distances(row, sample):
+                return
             self._dist_raw = _raw_rows("dist_map", self._capacity)
             for done in range(row):
                 self._decode_maps(done, self._dist_raw[done].reshape(self._maps.shape))
