@@ -132,12 +132,12 @@ def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint
     if prediction.ellipse is None:
         caption(canvas, "no pupil")
     else:
-        draw_ellipse(canvas, prediction.ellipse, scale)
+        outline_ellipse(canvas, prediction.ellipse, scale)
         caption(canvas, f"{prediction.confidence:.2f}")
     return canvas
 
 
-def draw_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> None:
+def outline_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> None:
     """Draws outline and centre of an ellipse onto a frame that was scaled.
 
     Args:

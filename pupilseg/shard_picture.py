@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse
-from pupilseg.pictures import GREEN, caption, draw_ellipse, sheet
+from pupilseg.pictures import GREEN, caption, outline_ellipse, sheet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,7 @@ def _labelled(image: NDArray[np.uint8], sample: Mapping[str, Any]) -> NDArray[np
     out, inside = image.copy(), sample["label"] != 0
     out[inside] = (out[inside] * 0.5 + np.array(GREEN) * 0.5).astype(np.uint8)
     if sample["ellipse_free"][2] > 0:
-        draw_ellipse(out, Ellipse(*(float(value) for value in sample["ellipse_free"])), 1.0)
+        outline_ellipse(out, Ellipse(*(float(value) for value in sample["ellipse_free"])), 1.0)
     return out
 
 
