@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pupilseg.errors import DataError
 from pupilseg.files import directory_lock, read_json, write_json
 from pupilseg.preprocess import NONE, remaining_preprocessing
-from pupilseg.shards import write_shards
 from pupilseg.shards.manifest import is_complete
-from pupilseg.shards.writer import make_job
+from pupilseg.shards.writer import make_job, write_job
 from pupilseg.sources import SPLITS, Source, SourceOptions, download, open_dataset, parse_source
 
 if TYPE_CHECKING:
@@ -63,21 +62,16 @@ def write_splits(
     Raises:
         PupilSegError: as `open_dataset` and `write_shards`.
     """
-    dataset = open_dataset(raw_dir)
-    recorded = read_json(Path(raw_dir) / RECORD, mend="download the source again")
+    jobs = shard_jobs(
+        raw_dir,
+        out_dir,
+        rows_per_shard=rows_per_shard,
+        preprocessing=preprocessing,
+        max_bad=max_bad,
+    )
+    processes = default_workers() if workers is None else workers
     return {
-        split: write_shards(
-            dataset,
-            split,
-            Path(out_dir) / split,
-            workers=default_workers() if workers is None else workers,
-            rows_per_shard=rows_per_shard,
-            preprocessing=preprocessing,
-            max_bad=max_bad,
-            source_options=recorded.get("options"),
-            progress=progress,
-        )
-        for split in SPLITS
+        split: write_job(job, workers=processes, progress=progress) for split, job in jobs.items()
     }
 
 

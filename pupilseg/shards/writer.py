@@ -105,17 +105,22 @@ def write_shards(
         max_bad=max_bad,
         source_options=source_options,
     )
+    return write_job(job, workers=workers, progress=progress)
+
+
+def write_job(job: build.Job, *, workers: int = 1, progress: bool = True) -> dict[str, Any]:
+    """Writes the shards of a job from `make_job`; see `write_shards`."""
     if workers < 1:
         raise UsageError(f"workers = {workers}, expected at least 1")
-    about, out_dir = job.about, job.out_dir
+    out_dir = job.out_dir
     with directory_lock(out_dir):
         done = _existing(job)
         if done is not None:
             return done
         records = _build_all(job, workers, progress)
-        manifest = _manifest(about, records)
+        manifest = _manifest(job.about, records)
         if not manifest["rows"]:
-            raise DataError(f"{dataset.source} has no good sample in split {split!r}")
+            raise DataError(f"{job.dataset.source} has no good sample in split {job.split!r}")
         for leftover in out_dir.glob(".*.part"):  # of killed workers; the lock is ours
             leftover.unlink(missing_ok=True)
         flush_files(out_dir / record["file"] for record in records)
