@@ -74,7 +74,10 @@ def test_thirty_kills_at_random_moments(tmp_path):
         for number in range(KILLS):
             out = tmp_path / str(number)
             build(out, rng.uniform(0, undisturbed_s))
-            unfinished += not (out / "manifest.json").exists()
+            early = not (out / "manifest.json").exists()
+            unfinished += early
+            # A machine that is shared has quick and slow spells: the moments follow them.
+            undisturbed_s *= 1.1 if early else 0.7
             records = [path.stem for path in out.glob(".building/shard-*.json")]
             finished = {name: (out / f"{name}.arrow").stat() for name in records}
             kept += len(finished)
