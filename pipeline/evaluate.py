@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--history", type=Path, help="history.csv of the training, to be drawn")
     parser.add_argument(
-        "--device", help="for .pt: cpu, cuda, cuda:N or mps (default: what is there)"
+        "--device", help="for torch: cpu, cuda, cuda:N or mps (default: what is there)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 from pupilseg.cli_table import print_table
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.pretrained import NAMES, model_path
+from pupilseg.pretrained import NAMES, RELEASED, TORCH_SUFFIXES, model_path
 from pupilseg.program import finishing, positive_int
 
 if TYPE_CHECKING:
     from pupilseg.calibration import Calibration
+
+
+OUT = "found"
+"""Where predictions go that nobody gave a place to."""
 
 
 def add_predict_commands(commands: Any) -> None:
@@ -34,7 +39,12 @@ def add_predict_commands(commands: Any) -> None:
         metavar="PATH",
         help="image, video, folder, pattern, or number of a camera (Ctrl-C ends it)",
     )
-    predict.add_argument("--out", type=Path, required=True, help="directory for what is written")
+    predict.add_argument(
+        "--out",
+        type=Path,
+        help=f"directory for what is written (default: {OUT}; where that has something, {OUT}-2, "
+        "and so on)",
+    )
     predict.add_argument("--masks", action="store_true", help="also write masks as PNG (0, 255)")
     predict.add_argument(
         "--no-overlays", dest="overlays", action="store_false", help="write no pictures: quicker"
@@ -76,7 +86,7 @@ def add_predict_commands(commands: Any) -> None:
     view.set_defaults(command=_view)
 
     info = commands.add_parser("info", help="say what a model file holds")
-    info.add_argument("file", help=f"FILE.onnx, FILE.pt, or {', '.join(NAMES)}")
+    info.add_argument("file", help=f"FILE.onnx, FILE.pt, FILE{RELEASED}, or {', '.join(NAMES)}")
     info.set_defaults(command=_info)
 
     bench = commands.add_parser("bench", help="measure milliseconds a frame on this machine")
@@ -101,6 +111,13 @@ def _positive_number(text: str) -> float:
     return value
 
 
+def _default_out(*, going_on: bool) -> Path:
+    """Returns a directory without results of an earlier run, or the first to go on there."""
+    names = itertools.chain([OUT], (f"{OUT}-{number}" for number in itertools.count(2)))
+    free = (path for path in map(Path, names) if going_on or not path.exists())
+    return next(free)
+
+
 def _predict(args: argparse.Namespace) -> int:
     """Finds pupils, and says how many."""
     from pupilseg.predict import Predictor
@@ -117,11 +134,12 @@ def _predict(args: argparse.Namespace) -> int:
         roi=None if args.roi is None else Roi.parse(args.roi),
     )
     predictor = Predictor(model_path(args.model), args.threads)
+    out = args.out or _default_out(going_on=args.skip_existing)
     camera = any(path.isdecimal() and not Path(path).exists() for path in args.paths)
     until = finishing("this frame") if camera else contextlib.nullcontext(lambda: False)
     try:
         with until as stop:
-            done = predict_paths(predictor, args.paths, args.out, options, stop=stop)
+            done = predict_paths(predictor, args.paths, out, options, stop=stop)
     except KeyboardInterrupt:
         sys.stderr.write("finished files are kept; --skip-existing goes on behind them\n")
         raise
@@ -129,7 +147,7 @@ def _predict(args: argparse.Namespace) -> int:
     skipped = f", {done.skipped} files done before" if done.skipped else ""
     print(
         f"{done.frames} frames, {done.blinks} without a pupil, {len(done.failed)} failed{skipped}"
-        f"{rate}: {args.out / CSV_NAME}"
+        f"{rate}: {out / CSV_NAME}"
     )
     return 1 if done.failed else 0
 
@@ -151,12 +169,14 @@ def _view(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     """Prints what a model file says of itself."""
     file = model_path(args.file)
-    if file.suffix == ".pt":
+    if file.suffix in TORCH_SUFFIXES:
         lines = _checkpoint_lines(file)
     elif file.suffix == ".onnx":
         lines = _onnx_lines(file)
     else:
-        raise UsageError(f"{file} has the suffix {file.suffix!r}, expected .pt or .onnx")
+        raise UsageError(
+            f"{file} has the suffix {file.suffix!r}, expected .pt, {RELEASED} or .onnx"
+        )
     print_table({"file": f"{file} ({file.stat().st_size:,} bytes)"} | lines)
     return 0
 

@@ -58,10 +58,10 @@ def evaluate_model(
     """Scores a model file on a split and writes what was found.
 
     Args:
-        model: *.pt or *.onnx.
+        model: *.pt, *.safetensors or *.onnx.
         shards_dir: of the split, e.g. DIR/validation.
         out: gets metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv, report.html.
-        device: for *.pt, as `device.find_device`; ONNX files run on the CPU.
+        device: for torch, as `device.find_device`; ONNX files run on the CPU.
         batch_size: frames that the network gets at once.
         history: a training run's history.csv, drawn into the report.
 

@@ -1,4 +1,4 @@
-"""Opens a model file of either form, .pt or .onnx, as a function from images to outputs."""
+"""Opens a model file, for torch or ONNX, as a function from images to outputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.network import OnnxNetwork
+from pupilseg.pretrained import RELEASED, TORCH_SUFFIXES
 from pupilseg.scoring import masks_from_output
 from pupilseg.shards.codec import IMAGE_TABLE
 
@@ -45,17 +46,19 @@ def open_model(model: Path, device: str | None = None) -> LoadedModel:
     """Opens a model file.
 
     Args:
-        model: *.pt (needs torch) or *.onnx (needs onnxruntime).
-        device: for *.pt, as `device.find_device`; ONNX files run on the CPU.
+        model: *.pt, *.safetensors (need torch) or *.onnx (needs onnxruntime).
+        device: for torch, as `device.find_device`; ONNX files run on the CPU.
 
     Raises:
         CheckpointError: the file is missing, damaged or foreign.
         UsageError: another kind of file, a device that is not there, a package not installed.
     """
-    if model.suffix == ".pt":
+    if model.suffix in TORCH_SUFFIXES:
         return _open_checkpoint(model, device)
     if model.suffix != ".onnx":
-        raise UsageError(f"{model} has the suffix {model.suffix!r}, expected .pt or .onnx")
+        raise UsageError(
+            f"{model} has the suffix {model.suffix!r}, expected .pt, {RELEASED} or .onnx"
+        )
     if device not in (None, "cpu"):
         raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}; leave --device out")
     network = OnnxNetwork(model)

@@ -11,6 +11,7 @@ from pupilseg.calibration import Calibration
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.preprocess import PREPROCESSINGS
+from pupilseg.pretrained import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     import os
@@ -97,7 +98,7 @@ def onnx_session(model: str | os.PathLike[str] | bytes, threads: int = 1) -> Any
 
 def _read(path: Path) -> tuple[str, bytes]:
     """Returns the name and the bytes of a model file."""
-    if path.suffix == ".pt":
+    if path.suffix in TORCH_SUFFIXES:
         raise CheckpointError(f"{path} is a checkpoint, expected ONNX; make one with: {_EXPORT}")
     try:
         encoded = path.read_bytes()

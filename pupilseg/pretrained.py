@@ -12,6 +12,8 @@ PRETRAINED = "pretrained"
 """Value of `--init`: the released weights of the network that is trained."""
 RELEASED = ".safetensors"
 """Suffix of released weights for torch."""
+TORCH_SUFFIXES = (".pt", RELEASED)
+"""Of the files that hold weights for torch."""
 MICRO = "efficientvit_tiny"
 """The network that is called micro."""
 WEIGHTS_DIR = Path(__file__).parent / "weights"

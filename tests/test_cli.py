@@ -17,8 +17,10 @@ from frames import write_video
 from onnx_files import threshold_onnx
 
 from pupilseg.calibration import Calibration
+from pupilseg.checkpoint import load_tensors, read_card
 from pupilseg.cli import main
 from pupilseg.shards import write_shards
+from pupilseg.weight_files import write_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +104,7 @@ def test_predict_a_video_and_look_at_it(model, tmp_path, capsys, monkeypatch):
     assert opened == [page.as_uri()]
 
 
-def test_info_of_both_forms(model, tmp_path, capsys):
+def test_info_of_each_form(model, tmp_path, capsys):
     assert main(["info", str(model)]) == 0
     said = capsys.readouterr().out
     for part in ("efficientvit_tiny", "7,481", "uint8 (N, 1, 400, 640)", "none", "valid_iou: 0.5"):
@@ -117,10 +119,16 @@ def test_info_of_both_forms(model, tmp_path, capsys):
         licence="MIT",
         metrics={"valid_iou": 0.25},
     )
-    assert main(["info", str(tmp_path / "m.pt")]) == 0
-    said = capsys.readouterr().out
-    for part in ("9,737", "gamma0.8+clahe1.5", "synthetic:9@1", "valid_iou: 0.25", "MIT"):
-        assert part in said
+    write_weights(
+        tmp_path / "m.safetensors",
+        load_tensors(tmp_path / "m.pt"),
+        read_card(tmp_path / "m.pt"),
+    )
+    for name in ("m.pt", "m.safetensors"):
+        assert main(["info", str(tmp_path / name)]) == 0
+        said = capsys.readouterr().out
+        for part in ("9,737", "gamma0.8+clahe1.5", "synthetic:9@1", "valid_iou: 0.25", "MIT"):
+            assert part in said
 
 
 def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch, capsys):
@@ -129,7 +137,12 @@ def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch,
     monkeypatch.setattr("pupilseg.pretrained.WEIGHTS_DIR", weights)
     for name in ("efficientvit_tiny", "ellipse"):
         (weights / f"{name}.onnx").write_bytes(model.read_bytes())
-    assert main(["predict", str(image), "--out", str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path)
+    for place in ("found", "found-2"):  # what is there stays
+        assert main(["predict", str(image)]) == 0
+        assert capsys.readouterr().out.strip().endswith(str(Path(place, "pupil.csv")))
+    assert main(["predict", str(image), "--skip-existing"]) == 0
+    assert "1 files done before: found/pupil.csv" in capsys.readouterr().out
     assert main(["info", "ellipse"]) == 0
     assert f"{weights / 'ellipse.onnx'} (" in capsys.readouterr().out
 

@@ -370,7 +370,11 @@ def test_other_preprocessing_is_refused(shards, tmp_path):
 
 def test_requests_that_cannot_be_met(shards, threshold, tmp_path):
     cases = [
-        ({"model": tmp_path / "m.bin"}, UsageError, r"suffix '.bin', expected .pt or .onnx"),
+        (
+            {"model": tmp_path / "m.bin"},
+            UsageError,
+            r"suffix '.bin', expected .pt, .safetensors or .onnx",
+        ),
         ({"model": tmp_path / "m.pt"}, CheckpointError, "m.pt"),
         ({"device": "cuda:9"}, UsageError, "leave --device out"),
         ({"batch_size": 0}, UsageError, "batch size is 0"),
