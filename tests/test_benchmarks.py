@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import model_file
 from onnx_files import threshold_onnx
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,11 @@ ROOT = Path(__file__).parents[1]
         ("networks --runs 1", "| efficientvit_tiny | 9,737 | 40.4 M |"),
         ("renderer --frames 12 --speed 4", "| border share of frame | up to 0.17 |"),
         ("prediction --model {model} --frames 16 --runs 2", "| calibrated | "),
+        (
+            "finetune --source synthetic:8@1 --model efficientvit_tiny --init {weights} --epochs 1 "
+            "--lr 0.001 --seeds 1 --device cpu",
+            "| fine-tuned, rate 0.001, seed 0 | ",
+        ),
         ("augment --runs 1 --batch-size 2", "all, default shares"),
         ("materialize --frames 8 --different 8 --rounds 1", "| shards, 2 processes |"),
         (
@@ -33,13 +39,15 @@ ROOT = Path(__file__).parents[1]
         ),
     ],
     ids=[
-        *("networks", "renderer", "prediction", "augment", "materialize"),
+        *("networks", "renderer", "prediction", "finetune", "augment", "materialize"),
         *("training", "training to an IoU", "loader"),
     ],
 )
 def test_it_runs_and_prints(line, text, tmp_path):
     if "{model}" in line:
         line = line.format(model=threshold_onnx(tmp_path / "m.onnx", 40))
+    if "{weights}" in line:
+        line = line.format(weights=model_file(tmp_path / "m.pt", preprocessing="none"))
     done = subprocess.run(
         [sys.executable, "-m", *f"benchmarks.{line}".split()],
         cwd=ROOT,

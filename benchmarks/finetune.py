@@ -1,0 +1,99 @@
+"""What some frames of one's own add to weights from rendered eyes.
+
+python -m benchmarks.finetune --source FOLDER [--init pretrained] [--epochs 20] [--lr 0.003 0.01]
+
+A half of the source's frames is for training, the other for scores: two blocks of neighbouring
+frames, where the source has no splits. Scored is the last epoch, never the one that was best on the
+frames that are scored. Rows: the weights as they are, the same network trained on the frames alone,
+and fine-tuned from the weights at each rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.machine import machine_line
+from pupilseg.allocator import keep_freed_memory
+from pupilseg.checkpoint import CHECKPOINT_NAMES, load_tensors, read_card, save_model
+from pupilseg.config import TrainConfig
+from pupilseg.device import find_device
+from pupilseg.evaluation import evaluate_model
+from pupilseg.models import list_models
+from pupilseg.prepare import ensure_shards
+from pupilseg.pretrained import PRETRAINED, RELEASED, weights_path
+from pupilseg.program import positive_int, run
+from pupilseg.sources import SourceOptions
+from pupilseg.train import train
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def print_row(name: str, metrics: Mapping[str, Any]) -> None:
+    """Prints what a split's scores are, as a row of the table."""
+    print(
+        f"| {name} | {metrics['pupil_iou_mean']:.4f} | {metrics['pupil_iou_p5']:.4f} | "
+        f"{metrics['center_error_px_mean']:.2f} | {metrics['found_share']:.1%} |",
+        flush=True,
+    )
+
+
+def last_weights(folder: Path, model: str) -> Path:
+    """Returns a model file with the averaged weights of a run's last epoch."""
+    names, path = CHECKPOINT_NAMES[model], folder / "last.pt"
+    save_model(path, load_tensors(folder / names.state)["averaged"], read_card(folder / names.best))
+    return path
+
+
+def measure(shards: Path, initial: Path, args: argparse.Namespace) -> None:
+    """Prints the table."""
+    device = find_device(args.device)
+    print("| weights | pupil IoU, mean | 5th percentile | centre, mean px | found |")
+    print("| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary)
+        validation = shards / "validation"
+        print_row("as they are", evaluate_model(initial, validation, out / "before"))
+        runs = [("these frames alone", None, 0.0)]
+        runs += [(f"fine-tuned, rate {rate:g}", initial, rate) for rate in args.lr]
+        for name, start, rate in runs:
+            for seed in range(args.seeds):
+                folder = out / f"{name} {seed}"
+                config = TrainConfig(model=args.model, epochs=args.epochs, lr=rate, seed=seed)
+                train(config, shards, folder, device=device, initial=start, limit=args.frames)
+                metrics = evaluate_model(
+                    last_weights(folder, args.model), validation, folder / "score"
+                )
+                print_row(f"{name}, seed {seed}", metrics)
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description=__doc__)
+    parser.add_argument("--source", required=True, help="frames of one's own: as --dataset")
+    parser.add_argument("--model", choices=list_models(), default="efficientvit")
+    parser.add_argument("--init", default=PRETRAINED, help="a model file (default: %(default)s)")
+    parser.add_argument("--frames", type=positive_int, help="train on the first N alone")
+    parser.add_argument("--epochs", type=positive_int, default=20, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.001, 0.003, 0.01])
+    parser.add_argument("--seeds", type=positive_int, default=2, help="runs each; default: 2")
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    initial = weights_path(args.model, RELEASED) if args.init == PRETRAINED else Path(args.init)
+    if find_device(args.device).type == "cpu":
+        keep_freed_memory()  # as the training programs do
+    print(machine_line("torch", "numpy"))
+    print(f"device {find_device(args.device)}, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as temporary:
+        options = SourceOptions(validation_fraction=0.5)
+        shards = ensure_shards(temporary, args.source, options=options, progress=False)
+        measure(shards, initial, args)
+
+
+if __name__ == "__main__":
+    run(main)
