@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_EXTRA_OF = {"pyarrow": "data", "torch": "train"}
+"""What brings the packages that large parts of the library cannot do without."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -39,6 +41,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except PupilSegError as error:
         code = _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_OF:
+            raise
+        extra = _EXTRA_OF[error.name]
+        code = _fail(f"this needs {error.name}; run: pip install 'pupilseg[{extra}]'", 2)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
     except BrokenPipeError:

@@ -42,6 +42,11 @@ def program(body):
         ("raise OutputError('disk')", 1, "error: disk\n"),
         ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
         ("sys.exit(2)", 2, ""),
+        (
+            "sys.modules['pyarrow'] = None; import pupilseg.shards",
+            2,
+            "error: this needs pyarrow; run: pip install 'pupilseg[data]'\n",
+        ),
         ("import logging; logging.getLogger('pupilseg.x').info('hello')", 0, "hello\n"),
     ],
 )
@@ -57,7 +62,7 @@ def test_full_disk_outside_our_writers_has_no_traceback():
 
 
 def test_bug_keeps_its_traceback():
-    for body in ("1 / 0", "open('/nowhere')"):
+    for body in ("1 / 0", "open('/nowhere')", "import nowhere"):
         done = program(body)
         assert done.returncode == 1
         assert "Traceback" in done.stderr
