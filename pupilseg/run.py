@@ -109,7 +109,7 @@ class Run:
         self.best_iou = torch.full((), -1.0, dtype=sums.dtype, device=device)
         self.best_epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.best_flat = self.averaged.flat.clone()
-        self.epoch, self.step, self.reported = 0, 0, 0
+        self.epoch, self.step = 0, 0
 
     def _network(self) -> nn.Module:
         """Builds the network on the CPU, so that a seed gives the same weights on any device."""
@@ -143,7 +143,6 @@ class Run:
             "notes": json.dumps(self.notes),
             "epoch": self.epoch,
             "step": self.step,
-            "reported": self.reported,
             "model": self.model.state_dict(),
             "averaged": self.averaged.values,
             "averaged_steps": self.averaged.steps,
@@ -190,7 +189,6 @@ class Run:
         for name in ("rows", "best_iou", "best_epoch"):
             getattr(self, name).copy_(state[name])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.reported = state["reported"]
         return state
 
 

@@ -40,7 +40,7 @@ def lived_in(run):
     run.best_epoch.fill_(1)
     run.rows.normal_()
     torch.rand(3, generator=run.random)
-    run.epoch, run.step, run.reported = 2, 4, 1
+    run.epoch, run.step = 2, 4
     return run
 
 
@@ -55,7 +55,7 @@ def test_a_state_read_back_is_the_state_that_was_written(tmp_path):
     assert expected.keys() == found.keys()
     for path, tensor in expected.items():
         assert torch.equal(tensor, found[path]), path
-    plain = ("epoch", "step", "reported", "averaged_steps", "run", "notes", "format")
+    plain = ("epoch", "step", "averaged_steps", "run", "notes", "format")
     assert {name: state[name] for name in plain} == {name: again[name] for name in plain}
 
 
