@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[1]
         ("renderer --frames 12 --speed 4", "| border share of frame | up to 0.17 |"),
         ("prediction --model {model} --frames 16 --runs 2", "| calibrated | "),
         (
+            "robustness --source synthetic:4@1 --model {model}",
+            "| pupil IoU, mean | 5th percentile | centre, mean px | found |",
+        ),
+        (
             "finetune --source synthetic:8@1 --model efficientvit_tiny --init {weights} --epochs 1 "
             "--lr 0.001 --seeds 1 --device cpu",
             "| fine-tuned, rate 0.001, seed 0 | ",
@@ -39,7 +43,7 @@ ROOT = Path(__file__).parents[1]
         ),
     ],
     ids=[
-        *("networks", "renderer", "prediction", "finetune", "augment", "materialize"),
+        *("networks", "renderer", "prediction", "robustness", "finetune", "augment", "materialize"),
         *("training", "training to an IoU", "loader"),
     ],
 )

@@ -1,0 +1,130 @@
+"""How well networks find the pupil on frames that differ from those they were trained on.
+
+python -m benchmarks.robustness --source FOLDER [--model micro ellipse FILE.onnx] [--every 2]
+
+Each frame of a source, of both splits, as it is and as another camera might give it: other tone,
+focus, noise, distance. Found as `pupilseg predict` finds it; frames with a pupil only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from benchmarks.machine import machine_line
+from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.predict import Predictor
+from pupilseg.preprocess import gamma_clahe
+from pupilseg.pretrained import NAMES, model_path
+from pupilseg.program import positive_int, run
+from pupilseg.sample import SPLITS
+from pupilseg.scoring import centroid, score_frames, summarise
+from pupilseg.sources import download, open_dataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Frame = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+    """Image and label, uint8 (400, 640) each."""
+
+
+def toned(change: Callable[[NDArray[np.uint8]], object]) -> Callable[[Frame], Frame]:
+    """Returns a change of a frame that leaves its label alone."""
+    return lambda frame: (np.asarray(change(frame[0]), dtype=np.uint8), frame[1])
+
+
+def noisy(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Adds noise of 8 grey levels."""
+    noise = np.random.default_rng(0).normal(0, 8, image.shape)
+    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+
+
+def scaled(factor: float) -> Callable[[Frame], Frame]:
+    """Returns a change of size around the pupil, which comes to the middle; black around it."""
+
+    def change(frame: Frame) -> Frame:
+        image, label = frame
+        x, y = centroid(label != 0)
+        to_middle = ((factor, 0, WIDTH / 2 - factor * x), (0, factor, HEIGHT / 2 - factor * y))
+        matrix, size = np.array(to_middle), (WIDTH, HEIGHT)
+        # Reducing by warpAffine does not average: blurred first, as smaller optics would.
+        soft = cv2.GaussianBlur(image, (0, 0), 0.5 / factor) if factor < 1 else image
+        share = cv2.warpAffine(label.astype(np.float32), matrix, size)
+        return (
+            np.asarray(cv2.warpAffine(soft, matrix, size), dtype=np.uint8),
+            (share > 0.5).astype(np.uint8),
+        )
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Frame], Frame]] = {
+    "as captured": lambda frame: frame,
+    "gamma 0.8 + CLAHE": toned(gamma_clahe),
+    "equalised": toned(cv2.equalizeHist),
+    "0.6 times as bright": toned(lambda image: cv2.convertScaleAbs(image, alpha=0.6)),
+    "1.7 times as bright": toned(lambda image: cv2.convertScaleAbs(image, alpha=1.7)),
+    "blurred, sigma 2 px": toned(lambda image: cv2.GaussianBlur(image, (0, 0), 2)),
+    "noise of 8 levels more": toned(noisy),
+    "mirrored": lambda frame: (
+        np.ascontiguousarray(frame[0][:, ::-1]),
+        np.ascontiguousarray(frame[1][:, ::-1]),
+    ),
+    "0.6 times as large": scaled(0.6),
+    "1.6 times as large": scaled(1.6),
+}
+
+
+COLUMNS = ("pupil IoU, mean", "5th percentile", "centre, mean px", "found")
+
+
+def frames_of(source: str, every: int) -> list[Frame]:
+    """Returns each n-th frame of a source that has a pupil."""
+    with tempfile.TemporaryDirectory() as raw:
+        download(source, Path(raw))
+        dataset = open_dataset(Path(raw))
+        samples = [
+            sample for split in SPLITS for sample in dataset.read(split, 0, dataset.count(split))
+        ]
+    return [(sample.image, sample.label) for sample in samples if sample.label.any()][::every]
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__)
+    parser.add_argument("--source", required=True, help="as --source of pipeline.download")
+    parser.add_argument(
+        "--model", nargs="+", default=NAMES, help="names or *.onnx; default: all released weights"
+    )
+    parser.add_argument("--every", type=positive_int, default=1, help="take each N-th frame only")
+    args = parser.parse_args()
+    cv2.setNumThreads(1)
+    frames = frames_of(args.source, args.every)
+    names = [str(index) for index in range(len(frames))]
+    print(machine_line("onnxruntime", "numpy"))
+    print(f"{len(frames)} frames with a pupil of {args.source}")
+    for model in args.model:
+        predictor = Predictor(model_path(model))
+        print(
+            f"\n{model}\n\n| frames | pupil IoU, mean | 5th percentile | centre, mean px | found |"
+        )
+        print("| --- | --- | --- | --- | --- |")
+        for name, change in CHANGES.items():
+            pairs = ((label, predictor(image).mask) for image, label in map(change, frames))
+            scores = summarise(score_frames(names, pairs))
+            print(
+                f"| {name} | {scores['pupil_iou_mean']:.4f} | {scores['pupil_iou_p5']:.4f} | "
+                f"{scores['center_error_px_mean']:.2f} | {scores['found_share']:.1%} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    run(main)
