@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pupilseg
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.models import model_entry
+from pupilseg.synthetic import RENDERER_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +46,8 @@ def model_card(
         **values,
         **scores,
         name=card["model"],
+        version=pupilseg.__version__,
+        renderer_version=RENDERER_VERSION,
         summary=entry.summary[0].upper() + entry.summary[1:],
         parameters=parameters,
         onnx_bytes=files["onnx"].stat().st_size,

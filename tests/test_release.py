@@ -62,6 +62,7 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
     for text in (
         "| parameters | 9,737 |",
         "synthetic:9@1",
+        f"rendered eyes of version {RENDERER_VERSION}",
         "3 epochs",
         "pupil IoU 0.2500",
         "6 frames",

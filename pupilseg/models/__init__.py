@@ -51,7 +51,7 @@ MODELS = {
         TinyEfficientViTMicro,
         "segmentation",
         "TinyEfficientViT-Micro",
-        "the same in under 10,000 parameters",
+        "TinyEfficientViT, its encoder and decoder narrower: under 10,000 parameters",
     ),
     "ellipse": ModelEntry(
         EllipseRegressionNet,
