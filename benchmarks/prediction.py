@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.machine import machine_line
 from pupilseg.calibration import reliability
-from pupilseg.geometry import HEIGHT, WIDTH, ellipse_mask
+from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_mask, ellipse_mask
 from pupilseg.judged import Certainty, judge
 from pupilseg.letterbox import Letterbox
 from pupilseg.network import OnnxNetwork, onnx_session
@@ -50,7 +50,9 @@ def ellipses(network: OnnxNetwork, frames: int) -> None:
         blob = find_blob(logits[1] > logits[0], WHOLE)
         if blob is None:
             continue
-        found = (blob.ellipse, sub_pixel_ellipse(blob, margin_near(logits, blob), WHOLE))
+        of_mask = ellipse_from_mask(blob.mask)
+        assert of_mask is not None  # a blob has pixels
+        found = (of_mask, sub_pixel_ellipse(blob, margin_near(logits, blob), WHOLE))
         for into, ellipse in zip(errors.values(), found, strict=True):
             gap = np.abs(np.subtract(ellipse[:4], frame.pupil[:4]))
             into.append((float(np.hypot(*gap[:2])), float(gap[2]), float(gap[3])))

@@ -96,12 +96,16 @@ def ellipse_from_weights(weights: NDArray[np.generic]) -> Ellipse | None:
     if moments is None:
         return None
     x, y, var_x, var_y, cov = moments
-    mean, half_gap = (var_x + var_y) / 2, (var_x - var_y) / 2
-    root = math.hypot(half_gap, cov)
-    angle = 0.5 * math.atan2(cov, half_gap)
+    angle = 0.5 * math.atan2(cov, (var_x - var_y) / 2)
     if angle <= -math.pi / 2:  # a covariance of -0.0 on an upright ellipse
         angle += math.pi
-    return Ellipse(x, y, 2 * math.sqrt(mean + root), 2 * math.sqrt(max(mean - root, 0.0)), angle)
+    return Ellipse(x, y, *semi_axes(var_x, var_y, cov), angle)
+
+
+def semi_axes(var_x: float, var_y: float, cov: float) -> tuple[float, float]:
+    """Returns the semi-axes a >= b of the filled ellipse with these central second moments."""
+    mean, root = (var_x + var_y) / 2, math.hypot((var_x - var_y) / 2, cov)
+    return 2 * math.sqrt(mean + root), 2 * math.sqrt(max(mean - root, 0.0))
 
 
 def ellipse_vector(mask: NDArray[np.generic]) -> NDArray[np.float32]:

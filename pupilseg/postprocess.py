@@ -12,9 +12,9 @@ from pupilseg.geometry import (
     HEIGHT,
     WIDTH,
     Ellipse,
-    ellipse_from_mask,
     ellipse_from_weights,
     ellipse_mask,
+    semi_axes,
 )
 
 if TYPE_CHECKING:
@@ -38,15 +38,13 @@ class Blob(NamedTuple):
 
     Attributes:
         mask: uint8 (400, 640) of {0, 1}: this blob alone.
-        ellipse: with its second moments.
         area_px: set pixels.
-        fill: area over the area of `ellipse`, at most about 1; 1 for a whole ellipse.
+        fill: area over that of the ellipse with the same second moments; 1 for a whole ellipse.
         rows: of its bounding box.
         columns: of its bounding box.
     """
 
     mask: NDArray[np.uint8]
-    ellipse: Ellipse
     area_px: int
     fill: float
     rows: slice
@@ -90,9 +88,9 @@ def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
             continue
         x, y, width, height = (int(v) for v in stats[number, :4])
         part = labels[y : y + height, x : x + width] == number
-        local = ellipse_from_mask(part)
-        assert local is not None  # a component has pixels
-        a, b = local.semi_axis_a_px, local.semi_axis_b_px
+        # Ten microseconds, where the ellipse in float64 NumPy takes a hundred.
+        moments = cv2.moments(part.view(np.uint8), binaryImage=True)
+        a, b = semi_axes(*(moments[name] / area for name in ("mu20", "mu02", "mu11")))
         if b < MIN_ASPECT * a or area < MIN_FILL * math.pi * a * b:
             continue
         blob = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
@@ -100,7 +98,7 @@ def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
         rows, columns = slice(y, y + height), slice(x, x + width)
         blob[rows, columns] = part
         fill = min(1.0, area / (math.pi * a * b))
-        return Blob(blob, moved(local, x, y), area, fill, rows, columns)
+        return Blob(blob, area, fill, rows, columns)
     return None
 
 
