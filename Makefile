@@ -40,6 +40,7 @@ bench: $(READY) ## measure; prints tables with machine and versions
 	python -m benchmarks.materialize
 	python -m benchmarks.training
 	python -m benchmarks.loader
+	python -m benchmarks.robustness --source synthetic:200@9
 
 lint: $(READY) ## put formatting and imports in order
 	ruff check --fix .
