@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.machine import machine_line
+from benchmarks.score_table import print_head, print_row
 from pupilseg.allocator import keep_freed_memory
 from pupilseg.checkpoint import CHECKPOINT_NAMES, load_tensors, read_card, save_model
 from pupilseg.config import TrainConfig
@@ -30,18 +30,6 @@ from pupilseg.program import positive_int, run
 from pupilseg.sources import SourceOptions
 from pupilseg.train import train
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-
-def print_row(name: str, metrics: Mapping[str, Any]) -> None:
-    """Prints what a split's scores are, as a row of the table."""
-    print(
-        f"| {name} | {metrics['pupil_iou_mean']:.4f} | {metrics['pupil_iou_p5']:.4f} | "
-        f"{metrics['center_error_px_mean']:.2f} | {metrics['found_share']:.1%} |",
-        flush=True,
-    )
-
 
 def last_weights(folder: Path, model: str) -> Path:
     """Returns a model file with the averaged weights of a run's last epoch."""
@@ -53,8 +41,7 @@ def last_weights(folder: Path, model: str) -> Path:
 def measure(shards: Path, initial: Path, args: argparse.Namespace) -> None:
     """Prints the table."""
     device = find_device(args.device)
-    print("| weights | pupil IoU, mean | 5th percentile | centre, mean px | found |")
-    print("| --- | --- | --- | --- | --- |")
+    print_head("weights")
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         validation = shards / "validation"
@@ -66,10 +53,9 @@ def measure(shards: Path, initial: Path, args: argparse.Namespace) -> None:
                 folder = out / f"{name} {seed}"
                 config = TrainConfig(model=args.model, epochs=args.epochs, lr=rate, seed=seed)
                 train(config, shards, folder, device=device, initial=start, limit=args.frames)
-                metrics = evaluate_model(
-                    last_weights(folder, args.model), validation, folder / "score"
-                )
-                print_row(f"{name}, seed {seed}", metrics)
+                last = last_weights(folder, args.model)
+                scores = evaluate_model(last, validation, folder / "score")
+                print_row(f"{name}, seed {seed}", scores)
 
 
 def main() -> None:

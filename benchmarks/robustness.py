@@ -17,10 +17,11 @@ import cv2
 import numpy as np
 
 from benchmarks.machine import machine_line
+from benchmarks.score_table import print_head, print_row
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.predict import Predictor
 from pupilseg.preprocess import gamma_clahe
-from pupilseg.pretrained import NAMES, model_path
+from pupilseg.pretrained import NAMES
 from pupilseg.program import positive_int, run
 from pupilseg.sample import SPLITS
 from pupilseg.scoring import centroid, score_frames, summarise
@@ -82,9 +83,6 @@ CHANGES: dict[str, Callable[[Frame], Frame]] = {
 }
 
 
-COLUMNS = ("pupil IoU, mean", "5th percentile", "centre, mean px", "found")
-
-
 def frames_of(source: str, every: int) -> list[Frame]:
     """Returns each n-th frame of a source that has a pupil."""
     with tempfile.TemporaryDirectory() as raw:
@@ -111,19 +109,12 @@ def main() -> None:
     print(machine_line("onnxruntime", "numpy"))
     print(f"{len(frames)} frames with a pupil of {args.source}")
     for model in args.model:
-        predictor = Predictor(model_path(model))
-        print(
-            f"\n{model}\n\n| frames | pupil IoU, mean | 5th percentile | centre, mean px | found |"
-        )
-        print("| --- | --- | --- | --- | --- |")
+        predictor = Predictor(model)
+        print(f"\n{model}\n")
+        print_head("frames")
         for name, change in CHANGES.items():
             pairs = ((label, predictor(image).mask) for image, label in map(change, frames))
-            scores = summarise(score_frames(names, pairs))
-            print(
-                f"| {name} | {scores['pupil_iou_mean']:.4f} | {scores['pupil_iou_p5']:.4f} | "
-                f"{scores['center_error_px_mean']:.2f} | {scores['found_share']:.1%} |",
-                flush=True,
-            )
+            print_row(name, summarise(score_frames(names, pairs)))
 
 
 if __name__ == "__main__":
