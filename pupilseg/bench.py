@@ -39,7 +39,7 @@ def measure(
     """Times a model on rendered eyes of 400 x 640, one frame a call; decoding is not part of it.
 
     Args:
-        model: ONNX file.
+        model: as `Predictor`.
         threads: of ONNX Runtime.
         repeats: calls that count.
         warmup: calls before them that do not.

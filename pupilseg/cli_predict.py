@@ -133,7 +133,7 @@ def _predict(args: argparse.Namespace) -> int:
         mm_per_px=args.mm_per_px,
         roi=None if args.roi is None else Roi.parse(args.roi),
     )
-    predictor = Predictor(model_path(args.model), args.threads)
+    predictor = Predictor(args.model, args.threads)
     out = args.out or _default_out(going_on=args.skip_existing)
     camera = any(path.isdecimal() and not Path(path).exists() for path in args.paths)
     until = finishing("this frame") if camera else contextlib.nullcontext(lambda: False)
@@ -241,7 +241,7 @@ def _bench(args: argparse.Namespace) -> int:
     from pupilseg.bench import measure
 
     _limit_threads(args.threads)
-    found = measure(model_path(args.file), threads=args.threads, repeats=args.repeats)
+    found = measure(args.file, threads=args.threads, repeats=args.repeats)
     print_table(
         {
             "end to end": f"{found['total_median_ms']:.2f} ms median, "

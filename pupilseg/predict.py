@@ -9,6 +9,7 @@ wrong.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,10 +26,10 @@ from pupilseg.postprocess import (
     sub_pixel_ellipse,
 )
 from pupilseg.preprocess import get_preprocessing
+from pupilseg.pretrained import model_path
 from pupilseg.streams import ahead
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Generator, Iterable
 
     from numpy.typing import NDArray
@@ -87,16 +88,16 @@ class Predictor:
     """Finds the pupil in single frames, batches and streams.
 
     Args:
-        path: an ONNX file written by `pipeline.export`.
+        path: an ONNX file written by `pipeline.export`, or a name of `pretrained.NAMES`.
         threads: of ONNX Runtime; one is the quickest for these networks.
 
     Raises:
         CheckpointError: the file is missing, damaged or not ours.
-        UsageError: onnxruntime is not installed.
+        UsageError: onnxruntime is not installed, or there are no weights of that name.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
-        self.network = OnnxNetwork(path, threads)
+        self.network = OnnxNetwork(model_path(os.fspath(path)), threads)
         self.info = self.network.info
         self._preprocess = get_preprocessing(self.info.preprocessing)
 

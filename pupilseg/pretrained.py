@@ -53,7 +53,5 @@ def model_path(text: str) -> Path:
     if text in (*NAMES, MICRO):
         return weights_path(text)
     if not path.suffix and not path.exists():
-        raise UsageError(
-            f"--model is {text!r}, which is neither a file nor one of: {', '.join(NAMES)}"
-        )
+        raise UsageError(f"the model {text!r} is neither a file nor one of: {', '.join(NAMES)}")
     return path

@@ -97,6 +97,7 @@ def test_released_weights_are_those_recorded_and_score_as_recorded(name):
     # Another processor may round a pixel or a logit differently.
     assert found["pupil_iou"] == pytest.approx(entry["scores"]["pupil_iou"], abs=0.003)
     assert found["center_px"] == pytest.approx(entry["scores"]["center_px"], abs=0.1)
+    assert Predictor(name).info.model == name
     card = load_model(name, pretrained=True).card
     assert card["licence"] == RENDERED_LICENCE
     assert card["data"].startswith("synthetic:")
