@@ -25,7 +25,7 @@ from pupilseg.device import find_device
 from pupilseg.evaluation import evaluate_model
 from pupilseg.models import list_models
 from pupilseg.prepare import ensure_shards
-from pupilseg.pretrained import PRETRAINED, RELEASED, weights_path
+from pupilseg.pretrained import PRETRAINED, initial_path
 from pupilseg.program import positive_int, run
 from pupilseg.sources import SourceOptions
 from pupilseg.train import train
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive_int, default=2, help="runs each; default: 2")
     parser.add_argument("--device")
     args = parser.parse_args()
-    initial = weights_path(args.model, RELEASED) if args.init == PRETRAINED else Path(args.init)
+    initial = initial_path(args.model, args.init)
     if find_device(args.device).type == "cpu":
         keep_freed_memory()  # as the training programs do
     print(machine_line("torch", "numpy"))

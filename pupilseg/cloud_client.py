@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import PupilSegError, UsageError
 from pupilseg.files import atomic_path
-from pupilseg.pretrained import PRETRAINED, RELEASED, weights_path
+from pupilseg.pretrained import initial_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,7 +140,7 @@ def initial_file(model: str, init: str) -> Path:
     Raises:
         UsageError: there is no such file.
     """
-    path = weights_path(model, RELEASED) if init == PRETRAINED else Path(init)
+    path = initial_path(model, init)
     if not path.is_file():
         raise UsageError(f"--init {path}: there is no such file; give a model file (*.pt)")
     return path

@@ -43,6 +43,15 @@ def weights_path(name: str, suffix: str = ".onnx") -> Path:
     return path
 
 
+def initial_path(model: str, init: str | Path) -> Path:
+    """Returns the file that `--init` means, of weights for a network; it need not exist.
+
+    Raises:
+        UsageError: the released weights are meant, and this build comes without.
+    """
+    return weights_path(model, RELEASED) if str(init) == PRETRAINED else Path(init)
+
+
 def model_path(text: str) -> Path:
     """Returns the file that a user means by a name or a path; it need not exist.
 

@@ -22,7 +22,7 @@ from pupilseg.errors import UsageError
 from pupilseg.history import epoch_line
 from pupilseg.initial import initial_architecture
 from pupilseg.parallel import join_ranks
-from pupilseg.pretrained import PRETRAINED, RELEASED, weights_path
+from pupilseg.pretrained import PRETRAINED, initial_path
 from pupilseg.program import finishing, positive_int, whole_number
 from pupilseg.shards import open_shards
 from pupilseg.train import train
@@ -169,7 +169,7 @@ def train_as_asked(
     config_from(args, model)
     initial = args.init
     if initial is not None:
-        initial = weights_path(model, RELEASED) if str(initial) == PRETRAINED else initial
+        initial = initial_path(model, initial)
         initial_architecture(initial, model)
     resume = resume_file(args, model, output_dir)
     with join_ranks(find_device(args.device)) as (ranks, device):
