@@ -141,7 +141,8 @@ def _predict(args: argparse.Namespace) -> int:
         with until as stop:
             done = predict_paths(predictor, args.paths, out, options, stop=stop)
     except KeyboardInterrupt:
-        sys.stderr.write("finished files are kept; --skip-existing goes on behind them\n")
+        goes_on = f"--out {out} --skip-existing goes on behind them"
+        sys.stderr.write(f"finished files are kept; {goes_on}\n")
         raise
     rate = f" ({done.frames / done.seconds:.0f} frames/s)" if done.frames else ""
     skipped = f", {done.skipped} files done before" if done.skipped else ""

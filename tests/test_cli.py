@@ -147,6 +147,17 @@ def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch,
     assert f"{weights / 'ellipse.onnx'} (" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_says_how_it_goes_on(model, image, tmp_path, monkeypatch, capsys):
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pupilseg.predict_files.predict_paths", interrupted)
+    (tmp_path / "found").mkdir()  # of an earlier run, which is not to be gone on with
+    assert main(["predict", str(image), "--model", str(model)]) == 130
+    assert "; --out found-2 --skip-existing goes on behind them\n" in capsys.readouterr().err
+
+
 def test_bench(model, capsys):
     assert main(["bench", str(model), "--repeats", "5"]) == 0
     said = capsys.readouterr().out
