@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,79 +14,75 @@ from fakes import FakeDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import contents
+from victim import Victim
 
 from pupilseg.errors import DataError, OutputError
 from pupilseg.shards import open_shards, verify, write_shards
 
 KILLS = 30
-_BUILD = """
-import os, sys, time
-from pathlib import Path
+BUILD = """
 from fakes import FakeDataset
 from pupilseg.shards import write_shards
-# Forked for each build, so that thirty of them pay for one start of the interpreter. Nothing but
-# the children ever writes shards, so no library's threads are lost in the fork.
-for line in iter(sys.stdin.readline, ""):
-    child = os.fork()
-    if child == 0:
-        write_shards(FakeDataset(train=10), "train", Path(line.strip()), rows_per_shard=2)
-        os._exit(0)
-    print(child, flush=True)
-    sys.stdin.readline()  # until then an ended child keeps its number
-    _, status = os.waitpid(child, 0)
-    print(status, flush=True)
+
+def run(folder):
+    write_shards(FakeDataset(train=ROWS), "train", folder, rows_per_shard=2)
 """
+
+
+def finished_shards(folder):
+    """Returns inode and time of each shard that a record calls finished."""
+    records = folder.glob(".building/shard-*.json")
+    return {record.stem: identity(folder, record.stem) for record in records}
+
+
+def identity(folder, stem):
+    stat = (folder / f"{stem}.arrow").stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def check_gone_on_with(victim, folder, wanted):
+    """Runs it to its end: the wanted bytes, and finished shards untouched; returns their count."""
+    finished = finished_shards(folder)
+    victim.run(folder)
+    assert contents(folder) == wanted, folder.name
+    assert {stem: identity(folder, stem) for stem in finished} == finished
+    shutil.rmtree(folder)
+    return len(finished)
 
 
 @pytest.mark.integration
 def test_thirty_kills_at_random_moments(tmp_path):
     """After each the run ends with the bytes of an undisturbed one; finished shards are kept."""
-    script = tmp_path / "build.py"
-    script.write_text(_BUILD)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     rng, unfinished, kept = random.Random(0), 0, 0
-    with subprocess.Popen(
-        [sys.executable, str(script)],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as builder:
-
-        def build(folder, kill_after_s=None):
-            begin = time.monotonic()
-            print(folder, file=builder.stdin, flush=True)
-            child = int(builder.stdout.readline())
-            if kill_after_s is not None:
-                time.sleep(kill_after_s)
-                os.kill(child, signal.SIGKILL)
-            print(file=builder.stdin, flush=True)
-            status = int(builder.stdout.readline())
-            assert status == 0 or kill_after_s is not None
-            return time.monotonic() - begin
-
-        build(tmp_path / "warm-up")
-        undisturbed_s = build(tmp_path / "undisturbed")
+    with Victim(BUILD + "ROWS = 10") as victim:
+        victim.run(tmp_path / "warm-up")
+        begin = time.monotonic()
+        victim.run(tmp_path / "undisturbed")
+        undisturbed_s = time.monotonic() - begin
         wanted = contents(tmp_path / "undisturbed")
         for number in range(KILLS):
             out = tmp_path / str(number)
-            build(out, rng.uniform(0, undisturbed_s))
+            victim.run(out, after_s=rng.uniform(0, undisturbed_s))
             early = not (out / "manifest.json").exists()
             unfinished += early
             # A machine that is shared has quick and slow spells: the moments follow them.
             undisturbed_s *= 1.1 if early else 0.7
-            records = [path.stem for path in out.glob(".building/shard-*.json")]
-            finished = {name: (out / f"{name}.arrow").stat() for name in records}
-            kept += len(finished)
-            build(out)
-            assert contents(out) == wanted, f"kill {number}"
-            for name, before in finished.items():
-                now = (out / f"{name}.arrow").stat()
-                assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-            shutil.rmtree(out)
-        builder.stdin.close()
+            kept += check_gone_on_with(victim, out, wanted)
     assert unfinished >= KILLS // 2, "too many kills came after the end"
     assert kept >= KILLS // 2, "too few kills came after the first shard"
+
+
+@pytest.mark.integration
+def test_a_kill_before_each_change_to_a_file(tmp_path):
+    """Every state that a kill can leave, one after another."""
+    with Victim(BUILD + "ROWS = 6") as victim:
+        victim.run(tmp_path / "undisturbed")
+        wanted, kept = contents(tmp_path / "undisturbed"), {False: [], True: []}
+        for folder in victim.each_kill(tmp_path):
+            complete = (folder / "manifest.json").exists()
+            kept[complete].append(check_gone_on_with(victim, folder, wanted))
+    assert list(dict.fromkeys(kept[False])) == [0, 1, 2, 3], "shards are finished one by one"
+    assert list(dict.fromkeys(kept[True])) == [3, 2, 1, 0], "then their records are removed"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

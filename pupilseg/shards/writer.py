@@ -112,23 +112,12 @@ def write_job(job: build.Job, *, workers: int = 1, progress: bool = True) -> dic
     """Writes the shards of a job from `make_job`; see `write_shards`."""
     if workers < 1:
         raise UsageError(f"workers = {workers}, expected at least 1")
-    out_dir = job.out_dir
-    with directory_lock(out_dir):
-        done = _existing(job)
-        if done is not None:
-            return done
-        records = _build_all(job, workers, progress)
-        manifest = _manifest(job.about, records)
-        if not manifest["rows"]:
-            raise DataError(f"{job.dataset.source} has no good sample in split {job.split!r}")
-        for leftover in out_dir.glob(".*.part"):  # of killed workers; the lock is ours
+    with directory_lock(job.out_dir):
+        manifest = _existing(job) or _write_all(job, workers, progress)
+        # Last, and of a complete directory too: an earlier call may have been killed just here.
+        for leftover in job.out_dir.glob(".*.part"):  # of killed workers; the lock is ours
             leftover.unlink(missing_ok=True)
-        flush_files(out_dir / record["file"] for record in records)
-        text = json_text(manifest)
-        write_text(out_dir / SUMS, sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
-        write_text(out_dir / MANIFEST, text)
-        shutil.rmtree(out_dir / _BUILDING, ignore_errors=True)
-    log.info("%s: %d samples in %d files", out_dir, manifest["rows"], len(manifest["files"]))
+        shutil.rmtree(job.records_dir, ignore_errors=True)
     return manifest
 
 
@@ -228,6 +217,20 @@ def _existing(job: build.Job) -> dict[str, Any] | None:
     path.unlink()
     (out_dir / SUMS).unlink(missing_ok=True)
     return None
+
+
+def _write_all(job: build.Job, workers: int, progress: bool) -> dict[str, Any]:
+    """Builds what is missing, then writes the list of digests and, last, the manifest."""
+    records, out_dir = _build_all(job, workers, progress), job.out_dir
+    manifest = _manifest(job.about, records)
+    if not manifest["rows"]:
+        raise DataError(f"{job.dataset.source} has no good sample in split {job.split!r}")
+    flush_files(out_dir / record["file"] for record in records)
+    text = json_text(manifest)
+    write_text(out_dir / SUMS, sums_text(manifest, hashlib.sha256(text.encode()).hexdigest()))
+    write_text(out_dir / MANIFEST, text)
+    log.info("%s: %d samples in %d files", out_dir, manifest["rows"], len(manifest["files"]))
+    return manifest
 
 
 def _build_all(job: build.Job, workers: int, progress: bool) -> list[dict[str, Any]]:

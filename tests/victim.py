@@ -1,0 +1,121 @@
+"""A function that is killed: at a moment, or just before each change that it makes to files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+_SERVER = """
+import os, signal, sys
+from pathlib import Path
+
+# Python reports each of these just before it happens (PEP 578), with where in its arguments the
+# descriptor of a directory stands that the path is relative to (`shutil.rmtree` removes so).
+CHANGES = {"open": None, "os.mkdir": 2, "os.remove": 1, "os.rename": 2, "os.rmdir": 1}
+
+
+def kill_before(nth, folder):
+    made = 0
+
+    def hook(event, args):
+        nonlocal made
+        if event not in CHANGES or isinstance(args[0], int):
+            return
+        if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        path, at = os.fsdecode(args[0]), CHANGES[event]
+        if at is not None and args[at] >= 0:
+            path = os.path.join(os.readlink(f"/proc/self/fd/{args[at]}"), path)
+        if not path.startswith(folder):
+            return
+        made += 1
+        if made == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+# Forked for each run, so that many of them pay for one start of the interpreter. Nothing but the
+# children ever does any work, so no library's threads are lost in the fork.
+for line in iter(sys.stdin.readline, ""):
+    nth, _, folder = line.strip().partition(" ")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            if int(nth):
+                kill_before(int(nth), folder)
+            run(Path(folder))
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    print(child, flush=True)
+    sys.stdin.readline()  # until then an ended child keeps its number
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Victim:
+    """Runs `run(folder: Path)` again and again, each time in a fresh fork of one process.
+
+    Args:
+        source: Python that defines `run`; what it imports is imported once.
+    """
+
+    def __init__(self, source):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", source + _SERVER],
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, folder, *, before_change=0, after_s=None):
+        """Runs it once.
+
+        Args:
+            folder: what it is given.
+            before_change: it is killed just before its n-th change below the folder; 0 for never.
+            after_s: it is killed after so many seconds; None for never.
+
+        Returns:
+            Whether it came to its end, before the kill if there was to be one.
+        """
+        print(before_change, folder, file=self._server.stdin, flush=True)
+        child = int(self._server.stdout.readline())
+        if after_s is not None:
+            time.sleep(after_s)
+            os.kill(child, signal.SIGKILL)
+        print(file=self._server.stdin, flush=True)
+        code = int(self._server.stdout.readline())
+        assert code == 0 or (code == -signal.SIGKILL and (before_change or after_s is not None))
+        return code == 0
+
+    def each_kill(self, parent):
+        """Kills it before its first change to files, in another folder before its second, ...
+
+        Yields:
+            Each folder as the kill left it, until no kill came before the end.
+        """
+        for number in count(1):
+            folder = Path(parent) / f"kill-{number}"
+            if self.run(folder, before_change=number):
+                return
+            yield folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
