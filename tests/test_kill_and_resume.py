@@ -15,13 +15,14 @@ from pupilseg.checkpoint import load_tensors
 from pupilseg.shards import write_shards
 from tests.processes import Program
 from tests.test_engine import Eyes
+from tests.victim import Victim
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[1]
 MODEL = "efficientvit_tiny"
 STATE = f"{MODEL}_training_state.pt"
 EPOCHS = 12
-KILLS = 24
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,32 @@ def test_sigkill_at_random_moments_costs_the_epoch_under_way_and_nothing_else(
     assert in_epochs >= KILLS // 2
     run(line(data_dir, out, *resume_flag(out)))
     same(out, whole)
+
+
+TRAIN = """
+import sys
+import torch._dynamo  # which the optimizer would import, a second in each run
+from pipeline import train
+
+def run(folder):
+    resume = ["--resume"] if (folder / STATE).exists() else []
+    sys.argv = ["train", *LINE, "--out", str(folder), *resume]
+    train.main()
+"""
+
+
+def test_a_kill_before_each_change_to_a_file(data_dir, tmp_path):
+    """Every state of its files that a kill can leave, one after another."""
+    words = line(data_dir, tmp_path, epochs=2)[3:]
+    del words[words.index("--out") : words.index("--out") + 2]
+    with Victim(f"STATE, LINE = {STATE!r}, {words}" + TRAIN) as victim:
+        victim.run(tmp_path / "undisturbed")
+        whole = []
+        for folder in victim.each_kill(tmp_path):
+            whole.append(whole_epochs(folder))
+            victim.run(folder)
+            same(folder, tmp_path / "undisturbed")
+    assert list(dict.fromkeys(whole)) == [0, 1], "the last change is the last epoch's state"
 
 
 def test_ctrl_c_ends_the_epoch_with_a_checkpoint(data_dir, undisturbed, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from frames import PUPIL, eye, write_video
 from onnx_files import threshold_onnx
+from victim import Victim
 
 from pupilseg.errors import DataError, LockedError, OutputError, UsageError
 from pupilseg.files import directory_lock
@@ -308,6 +309,39 @@ def test_killed_and_gone_on_with(number, folder, predictor, eyes):
     ).read_bytes()
     names = {p.name for p in (folder / "out" / "overlays").iterdir()}
     assert names == {p.name for p in (folder / "unbroken" / "overlays").iterdir()}
+
+
+PREDICT = """
+from pupilseg.predict import Predictor
+from pupilseg.predict_files import Options, predict_paths
+
+def run(folder):
+    options = Options(masks=True, skip_existing=True)
+    predict_paths(Predictor(MODEL), [FILES], folder / "out", options)
+"""
+
+
+@pytest.mark.integration
+def test_a_kill_before_each_change_to_a_file(predictor, eyes, tmp_path):
+    """Every state that a kill can leave, one after another; images and a video."""
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        cv2.imwrite(str(tmp_path / "in" / f"{i}.png"), eyes[i])
+    write_video(tmp_path / "in" / "v.avi", eyes[:3])
+    names = f"MODEL, FILES = {str(predictor.network.path)!r}, {str(tmp_path / 'in')!r}"
+    skipped = []
+    with Victim(names + PREDICT) as victim:
+        victim.run(tmp_path / "whole")
+        wanted = files_below(tmp_path / "whole")
+        for folder in victim.each_kill(tmp_path):
+            journal = folder / "out" / JOURNAL_NAME
+            skipped.append(journal.read_bytes().count(b"#done") if journal.exists() else 0)
+            victim.run(folder)
+            found = files_below(folder)
+            assert sorted(found) == sorted(wanted), folder.name
+            for name, content in found.items():
+                assert content == wanted[name] or JOURNAL_NAME in name, (folder.name, name)
+    assert list(dict.fromkeys(skipped)) == [0, 1, 2, 3]
 
 
 def test_one_writer_a_directory(folder, predictor):

@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import Fault, HubServer
 from source_data import frame, write_both
+from victim import Victim
 
 from pupilseg.errors import DataError
+from pupilseg.files import LOCK_NAME
 from pupilseg.sources import hub as hub_module
 from pupilseg.sources.paths import safe_relative
 
@@ -202,6 +204,36 @@ def test_cut_connection_resumes_where_it_broke(hub, client):
     ranges = [asked for _, path, asked in hub.requests if "train" in path and asked]
     assert re.fullmatch(r"bytes=[1-9]\d*-", ranges[0])
     assert client.first_image() == int(frame(10)[0].sum())
+
+
+DOWNLOAD = """
+from huggingface_hub import constants
+import huggingface_hub.file_download, huggingface_hub.hf_api
+import pupilseg.sources.parquet
+from pupilseg.sources import download
+
+def run(folder):
+    constants.HF_HUB_CACHE = str(folder / "cache")
+    download(REPOSITORY, folder / "raw")
+"""
+
+
+def test_a_kill_before_each_change_to_a_file(client, tmp_path):
+    """Every state of cache and data directory that a kill can leave, one after another."""
+    with Victim(f"REPOSITORY = {REPOSITORY!r}" + DOWNLOAD, client.env) as victim:
+        victim.run(tmp_path / "whole")
+        wanted = (tmp_path / "whole" / "raw" / "source.json").read_bytes()
+        placed = []
+        for folder in victim.each_kill(tmp_path):
+            source = folder / "raw" / "source.json"
+            placed.append(source.exists())
+            assert not placed[-1] or source.read_bytes() == wanted, folder.name
+            victim.run(folder)
+            assert source.read_bytes() == wanted, folder.name
+            # The file of a lock stays where the kill came between it and the manifest; it is free.
+            left = {p.name for p in (folder / "raw").iterdir()} - {LOCK_NAME}
+            assert left == {"source.json"}, folder.name
+    assert list(dict.fromkeys(placed)) == [False, True]
 
 
 def test_slow_answers_are_waited_for_and_silence_is_not(hub, client):

@@ -47,6 +47,7 @@ for line in iter(sys.stdin.readline, ""):
     child = os.fork()
     if child == 0:
         status = 1
+        os.dup2(2, 1)  # what it prints is no answer
         try:
             if int(nth):
                 kill_before(int(nth), folder)
@@ -67,10 +68,11 @@ class Victim:
 
     Args:
         source: Python that defines `run`; what it imports is imported once.
+        env: its environment; None for this process's.
     """
 
-    def __init__(self, source):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    def __init__(self, source, env=None):
+        environment = {**(env or os.environ), "PYTHONPATH": os.pathsep.join(sys.path)}
         self._server = subprocess.Popen(
             [sys.executable, "-c", source + _SERVER],
             env={**environment, "OMP_NUM_THREADS": "1"},
