@@ -6,7 +6,6 @@ A feed turns lists of sample indices into tensors; order, epochs and state are t
 from __future__ import annotations
 
 import mmap
-import os
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +14,7 @@ import torch
 
 from pupilseg.device import on_device
 from pupilseg.errors import DataError
+from pupilseg.host_memory import host_memory
 from pupilseg.prefetch import prefetch
 from pupilseg.row_threads import RowThreads
 from pupilseg.shards.decode import BatchDecoder, gather_row, layout_of
@@ -64,7 +64,7 @@ class ReadAhead:
     def __init__(self, shards: ShardSet, layout: Layout) -> None:
         self._shards, self._fields = shards, [field.name for field in layout.fields]
         size = sum(len(shard.mapping) for shard in shards.shards)
-        self._always = size > _host_memory() // 2
+        self._always = size > host_memory() // 2
         self._wanted = hasattr(mmap, "MADV_WILLNEED")
 
     def __call__(self, indices: Iterable[int]) -> None:
@@ -77,14 +77,6 @@ class ReadAhead:
     def end_of_pass(self) -> None:
         """Says that every sample has been read once."""
         self._wanted = self._wanted and self._always
-
-
-def _host_memory() -> int:
-    """Returns the bytes of memory of this machine; 0 where it does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):
-        return 0
 
 
 class CpuFeed:

@@ -15,7 +15,7 @@ OPTIONAL = (
 )
 HEAVY = ("torch", "cv2", "pyarrow", "scipy", *OPTIONAL)
 LAYERS = {
-    0: "errors geometry pretrained",
+    0: "errors geometry host_memory pretrained",
     1: "maps files preprocess synthetic device program parallel progress allocator compilation",
     2: "sample sources",
     3: "shards prefetch row_threads",

@@ -4,6 +4,9 @@ import gc
 import hashlib
 import mmap
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -16,6 +19,7 @@ import torch
 from fakes import FakeDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_limit import limited_memory
 
 from benchmarks.loader import device_speeds
 from pupilseg import feed_choice, feeds
@@ -597,12 +601,60 @@ def test_rows_are_read_ahead_in_the_first_pass_and_later_where_memory_is_short(f
     asked = []
     monkeypatch.setattr(Shard, "read_ahead", lambda _self, row, _fields: asked.append(row))
     for memory, passes in ((1 << 40, 1), (1 << 10, 3)):
-        monkeypatch.setattr(feeds, "_host_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(feeds, "host_memory", lambda memory=memory: memory)
         with make_loader(few, batch_size=4) as loader:
             asked.clear()
             for _ in range(3):
                 list(loader)
         assert sorted(asked) == sorted(passes * list(range(SAMPLES)))
+
+
+SMALL_MACHINE = """
+import os, sys
+from pathlib import Path
+Path(sys.argv[1]).write_text(str(os.getpid()))
+import torch
+from fakes import FakeDataset
+from pupilseg.host_memory import host_memory
+from pupilseg.loader import make_loader
+from pupilseg.shards import open_shards, write_shards
+print(host_memory())
+write_shards(FakeDataset(train=600), "train", Path(sys.argv[2]), rows_per_shard=16)
+with open_shards(Path(sys.argv[2])) as shards:
+    for batch in make_loader(shards, batch_size=8, shuffle=True):
+        for index, image, label in zip(batch.index, batch.image, batch.label):
+            print(int(index), round(float(image.double().sum()), 3), int(label.sum()))
+"""
+
+
+@pytest.mark.integration
+def test_a_set_larger_than_memory_is_written_and_read(tmp_path):
+    """500 MB of shards in a control group of 400 MB, of which the interpreter takes 270."""
+    out, limit = tmp_path / "train", 400_000_000 // 4096 * 4096
+    with limited_memory(limit) as group:
+        ran = subprocess.run(
+            [sys.executable, "-c", SMALL_MACHINE, str(group.procs), str(out)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        hits = group.hits()
+    assert ran.returncode == 0, ran.stderr
+    assert hits > 0, "the limit was never met"
+    told, *rows = ran.stdout.splitlines()
+    assert int(told) == limit
+    with open_shards(out) as shards:
+        assert sum(len(shard.mapping) for shard in shards.shards) > 1.2 * limit
+        wanted = [
+            (sample["image"].astype(np.float64).sum() / 127.5 - sample["image"].size)
+            for sample in map(shards.sample, range(len(shards)))
+        ]
+        labels = [int(shards.sample(row)["label"].sum()) for row in range(len(shards))]
+    found = sorted((int(a), float(b), int(c)) for a, b, c in map(str.split, rows))
+    assert [row for row, _, _ in found] == list(range(600))
+    assert [pixels for _, _, pixels in found] == labels
+    assert np.allclose([total for _, total, _ in found], wanted, atol=0.05)
 
 
 def test_waiting_is_counted(few):
