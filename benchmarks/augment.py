@@ -106,7 +106,7 @@ def main() -> None:
             if turn >= 3:
                 times[name].append(1e3 * (time.perf_counter() - started) / args.batch_size)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    print(machine_line("torch", "opencv-python"))
+    print(machine_line("torch", "cv2"))
     print(
         f"{where}, {torch.get_num_threads()} threads, batch {args.batch_size}, "
         f"n = {args.runs} batches after 3\n"

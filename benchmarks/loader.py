@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine_line
-from benchmarks.peers import PEERS, earlier
+from benchmarks.peers import PEERS, earlier, ffcv
 from pupilseg.loader import make_loader
 from pupilseg.prepare import ensure_shards
 from pupilseg.program import positive_int, run
@@ -124,11 +124,18 @@ def peer_epochs(
             continue
         # The slowest by far has the form that it is known in, alone.
         for workers in [2] if prepare is earlier and 2 in args.workers else args.workers:
-            title = f"{name}, {workers} workers" if workers else f"{name}, no workers"
+            title = f"{name}, {_helpers(prepare, workers)}"
             loader = make(args.batch_size, workers)
             epochs[title] = loader.__iter__
             sizes[title] = bytes_in(own) / args.samples
     return epochs, sizes
+
+
+def _helpers(prepare: object, workers: int) -> str:
+    """Returns what a peer works with beside the process that draws its batches."""
+    if prepare is ffcv:
+        return f"{workers} threads" if workers > 1 else "1 thread"
+    return f"{workers} workers" if workers else "no workers"
 
 
 def table_of(
@@ -283,7 +290,7 @@ def main() -> None:
         )
         with open_shards(directory / "train") as shards:
             lines = [
-                f"{machine_line('torch', 'numpy', 'opencv-python', 'datasets')}; {args.samples} "
+                f"{machine_line('torch', 'numpy', 'cv2', 'datasets')}; {args.samples} "
                 f"rendered eyes, batch {args.batch_size}, {args.rounds} rounds in turn:\n",
                 *table_of(shards, args, device, Path(temporary)),
             ]

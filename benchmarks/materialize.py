@@ -163,7 +163,7 @@ def main() -> None:
         }
         times = measure(work, args.rounds)
         base = np.array(times["earlier way: read, maps"])
-        print(machine_line("numpy", "scipy", "opencv-python", "pyarrow"))
+        print(machine_line("numpy", "scipy", "cv2", "pyarrow"))
         print(f"{frames} frames, {different} different; n = {args.rounds} rounds\n")
         print("| way | frames/s: median (min to max) | x the earlier way's maps |")
         print("| --- | --- | --- |")

@@ -6,6 +6,7 @@ that is not installed raises ImportError.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,71 @@ def _unnamed(row: dict[str, Any]) -> tuple[Tensor, ...]:
     return ready({name: row[f"{name}.npy"] for name in SHAPES})
 
 
+def ffcv(samples: Samples, folder: Path) -> MakeLoader:
+    """One file of FFCV; its threads convert in code that Numba compiled, into reused batches.
+
+    The only peer without a wheel: its extension is compiled against the OpenCV and libjpeg-turbo of
+    the system (Debian: libopencv-dev, libturbojpeg0-dev, pkg-config), then
+    `pip install --no-build-isolation ffcv`.
+    """
+    from ffcv.fields import NDArrayField
+    from ffcv.fields.decoders import NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.operation import Operation
+    from ffcv.transforms import ToTensor
+    from ffcv.writer import DatasetWriter
+
+    class Affine(Operation):  # type: ignore[misc]
+        """Writes value * scale + offset in another dtype."""
+
+        def __init__(self, dtype: Any, shape: tuple[int, ...], scale: Any, offset: Any) -> None:
+            super().__init__()
+            self._dtype, self._shape = np.dtype(dtype), shape
+            self._scale, self._offset = dtype(scale), dtype(offset)
+
+        def generate_code(self) -> Callable[..., Any]:
+            scale, offset, rows_of_threads = self._scale, self._offset, Compiler.get_iterator()
+
+            def convert(batch: Any, out: Any) -> Any:
+                out = out[: len(batch)]
+                flat = out.reshape(batch.shape)
+                for row in rows_of_threads(len(batch)):
+                    flat[row] = batch[row] * scale + offset
+                return out
+
+            convert.is_parallel = True  # type: ignore[attr-defined]  # FFCV reads it
+
+            return convert
+
+        def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
+            state = replace(previous_state, jit_mode=True, shape=self._shape, dtype=self._dtype)
+            return state, AllocationQuery(self._shape, self._dtype)
+
+    stored = list(samples)
+    path = str(folder / "eyes.beton")
+    fields = {n: NDArrayField(np.dtype(dtype), shape) for n, (dtype, shape) in SHAPES.items()}
+    rows = [tuple(sample[name] for name in SHAPES) for sample in stored]
+    DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(rows)
+    convert = {
+        "image": [Affine(np.float32, (1, HEIGHT, WIDTH), 2 / 255, -1)],
+        "label": [Affine(np.int64, (HEIGHT, WIDTH), 1, 0)],
+    }
+
+    def make(batch_size: int, workers: int) -> Any:
+        return Loader(
+            path,
+            batch_size=batch_size,
+            num_workers=max(workers, 1),  # its threads
+            os_cache=True,
+            order=OrderOption.RANDOM,
+            pipelines={n: [NDArrayDecoder(), *convert.get(n, []), ToTensor()] for n in SHAPES},
+        )
+
+    return make
+
+
 PEERS: dict[str, Callable[[Samples, Path], MakeLoader]] = {
     "earlier project's way (`datasets` rows as lists)": earlier,
     '`datasets`, `with_format("torch")`': datasets_torch,
@@ -201,4 +267,5 @@ PEERS: dict[str, Callable[[Samples, Path], MakeLoader]] = {
     "litdata": litdata,
     "mosaicml-streaming": mosaic,
     "webdataset": webdataset,
+    "FFCV": ffcv,
 }

@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    print(machine_line("onnxruntime", "opencv-python", "numpy"))
+    print(machine_line("onnxruntime", "cv2", "numpy"))
     network = OnnxNetwork(args.model)
     if "ellipse" in args.only:
         ellipses(network, args.frames)

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--speed", type=int, default=200, help="to time (default: %(default)s)")
     parser.add_argument("--sheet", metavar="FILE", help="write a sheet of 24 frames as a picture")
     args = parser.parse_args()
-    print(machine_line("numpy", "opencv-python"))
+    print(machine_line("numpy", "cv2"))
     print(f"renderer version {RENDERER_VERSION}, seed {args.seed}")
     if args.sheet:
         write_sheet(args.sheet, args.seed)
