@@ -9,7 +9,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from pupilseg.models import model_entry
+from pupilseg.models import list_models, model_entry
 from pupilseg.program import run
 from pupilseg.train_flags import add_train_arguments, train_as_asked
 
@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.train", description="Train a network on materialized shards."
     )
-    parser.add_argument("--model", required=True, help="efficientvit, efficientvit_tiny or ellipse")
+    parser.add_argument("--model", required=True, help=", ".join(list_models()))
     parser.add_argument("--shards", type=Path, required=True, help="holds train/ and validation/")
     parser.add_argument("--out", type=Path, required=True, help="gets checkpoints and history")
     add_train_arguments(parser)

@@ -76,6 +76,9 @@ CHECKPOINT_NAMES = {
     "efficientvit_tiny": CheckpointNames(
         "best_efficientvit_tiny_model.pt", "efficientvit_tiny_model_epoch_{epoch}.pt", 10
     ),
+    "efficientvit_base": CheckpointNames(
+        "best_efficientvit_base_model.pt", "efficientvit_base_model_epoch_{epoch}.pt", 10
+    ),
     "ellipse": CheckpointNames("best_ellipse_model.pt", "ellipse_model_epoch_{epoch}.pt", 10),
 }
 

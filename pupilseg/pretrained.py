@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pupilseg.errors import UsageError
 
-NAMES = ("micro", "efficientvit", "ellipse")
+NAMES = ("micro", "efficientvit", "efficientvit_base", "ellipse")
 """What `--model` takes beside a file; the first is the default."""
 PRETRAINED = "pretrained"
 """Value of `--init`: the released weights of the network that is trained."""

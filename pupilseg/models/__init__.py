@@ -6,7 +6,11 @@ import difflib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pupilseg.errors import UsageError
-from pupilseg.models.efficientvit import TinyEfficientViTMicro, TinyEfficientViTSeg
+from pupilseg.models.efficientvit import (
+    TinyEfficientViTBase,
+    TinyEfficientViTMicro,
+    TinyEfficientViTSeg,
+)
 from pupilseg.models.ellipse import EllipseRegressionNet
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ __all__ = [
     "MODELS",
     "EllipseRegressionNet",
     "ModelEntry",
+    "TinyEfficientViTBase",
     "TinyEfficientViTMicro",
     "TinyEfficientViTSeg",
     "create_model",
@@ -52,6 +57,12 @@ MODELS = {
         "segmentation",
         "TinyEfficientViT-Micro",
         "TinyEfficientViT, its encoder and decoder narrower: under 10,000 parameters",
+    ),
+    "efficientvit_base": ModelEntry(
+        TinyEfficientViTBase,
+        "segmentation",
+        "TinyEfficientViT-Base",
+        "TinyEfficientViT, its encoder wider: just under 60,000 parameters",
     ),
     "ellipse": ModelEntry(
         EllipseRegressionNet,

@@ -226,3 +226,13 @@ class TinyEfficientViTMicro(TinyEfficientViTSeg):
         separable=True,
         decoder_dim=8,
     )
+
+
+class TinyEfficientViTBase(TinyEfficientViTSeg):
+    """The same network, wider, just under 60,000 parameters (model name `efficientvit_base`).
+
+    ONNX Runtime's blocked layout computes 8 channels as 16 where the processor has AVX-512, so
+    twice the parameters take a quarter more time, not twice (docs/benchmarks.md).
+    """
+
+    defaults = Architecture(embed_dims=(16, 32, 32), stem_dim=16)
