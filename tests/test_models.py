@@ -24,7 +24,7 @@ from pupilseg.models.layers import CascadedGroupAttention, RelativeBias
 
 PARAMETERS = {
     "efficientvit": 25_785,
-    "efficientvit_tiny": 9_737,
+    "efficientvit_tiny": 9_933,
     "efficientvit_base": 57_521,
     "ellipse": 25_625,
 }

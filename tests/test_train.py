@@ -61,7 +61,7 @@ def rendered(tmp_path_factory):
 def test_the_first_run_makes_the_data_and_says_what_it_does(rendered):
     path, out, done = rendered
     assert (path / "shards" / "train" / "manifest.json").exists()
-    assert "train efficientvit_tiny (9,737 parameters)" in done.stderr
+    assert "train efficientvit_tiny (9,933 parameters)" in done.stderr
     printed = next(line for line in done.stderr.splitlines() if line.startswith("configuration: "))
     configuration = json.loads(printed.removeprefix("configuration: "))
     best = out / "best_efficientvit_tiny_model.pt"
