@@ -120,7 +120,8 @@ def peer_epochs(
         try:
             make = prepare((shards.sample(i) for i in range(args.samples)), own)
         except ImportError as error:
-            missing.append(f"{name}: {error}; {INSTALL}")
+            mend = "benchmarks/peers.py says how" if prepare is ffcv else INSTALL
+            missing.append(f"{name}: {error}; {mend}")
             continue
         # The slowest by far has the form that it is known in, alone.
         for workers in [2] if prepare is earlier and 2 in args.workers else args.workers:
