@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("networks --runs 1", "| efficientvit_tiny | 9,933 | 40.4 M |"),
+        ("networks --runs 1", "| efficientvit_tiny | 9,933 | 59.1 M |"),
         ("renderer --frames 12 --speed 4", "| border share of frame | up to 0.17 |"),
         ("prediction --model {model} --frames 16 --runs 2", "| calibrated | "),
         (
