@@ -207,8 +207,12 @@ def test_cut_connection_resumes_where_it_broke(hub, client):
 
 
 DOWNLOAD = """
+from functools import partial
+import huggingface_hub
 from huggingface_hub import constants
 import huggingface_hub.file_download, huggingface_hub.hf_api
+# One file after another: how often two threads make the same folder differs from run to run.
+huggingface_hub.snapshot_download = partial(huggingface_hub.snapshot_download, max_workers=1)
 import pupilseg.sources.parquet
 from pupilseg.sources import download
 
