@@ -341,7 +341,8 @@ def test_a_kill_before_each_change_to_a_file(predictor, eyes, tmp_path):
             assert sorted(found) == sorted(wanted), folder.name
             for name, content in found.items():
                 assert content == wanted[name] or JOURNAL_NAME in name, (folder.name, name)
-    assert list(dict.fromkeys(skipped)) == [0, 1, 2, 3]
+    # Drawing goes on beside the journal, so not every run passes through 1 and through 2.
+    assert {0, 3} < set(skipped)
 
 
 def test_one_writer_a_directory(folder, predictor):
