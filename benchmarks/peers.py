@@ -230,17 +230,15 @@ def ffcv(samples: Samples, folder: Path) -> MakeLoader:
                 return out
 
             convert.is_parallel = True  # type: ignore[attr-defined]  # FFCV reads it
-
             return convert
 
         def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
             state = replace(previous_state, jit_mode=True, shape=self._shape, dtype=self._dtype)
             return state, AllocationQuery(self._shape, self._dtype)
 
-    stored = list(samples)
     path = str(folder / "eyes.beton")
     fields = {n: NDArrayField(np.dtype(dtype), shape) for n, (dtype, shape) in SHAPES.items()}
-    rows = [tuple(sample[name] for name in SHAPES) for sample in stored]
+    rows = [tuple(sample[name] for name in SHAPES) for sample in samples]
     DatasetWriter(path, fields, num_workers=1).from_indexed_dataset(rows)
     convert = {
         "image": [Affine(np.float32, (1, HEIGHT, WIDTH), 2 / 255, -1)],

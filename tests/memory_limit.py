@@ -14,11 +14,8 @@ ROOT = Path("/sys/fs/cgroup")
 class MemoryGroup:
     """A control group; a process joins it by writing its number to `procs`."""
 
-    def __init__(self, path, limit, hits):
-        self.procs, self._limit, self._hits = path / "cgroup.procs", path / limit, path / hits
-
-    def set(self, limit_bytes):
-        self._limit.write_text(str(limit_bytes))
+    def __init__(self, path, hits):
+        self.procs, self._hits = path / "cgroup.procs", path / hits
 
     def hits(self):
         """How often the limit was met, and memory had to be taken back."""
@@ -29,25 +26,18 @@ class MemoryGroup:
 @contextlib.contextmanager
 def limited_memory(limit_bytes):
     """Yields a group; skips the test where this user may not make one."""
-    second = (ROOT / "cgroup.controllers").exists()
-    path = (ROOT if second else ROOT / "memory") / f"pupilseg-{os.getpid()}"
-    files = (
-        ("memory.max", "memory.events")
-        if second
-        else (
-            "memory.limit_in_bytes",
-            "memory.failcnt",
-        )
-    )
+    parent, limit, hits = ROOT / "memory", "memory.limit_in_bytes", "memory.failcnt"
+    if (ROOT / "cgroup.controllers").exists():  # the second version
+        parent, limit, hits = ROOT, "memory.max", "memory.events"
+    path = parent / f"pupilseg-{os.getpid()}"
     try:
         path.mkdir()
-        group = MemoryGroup(path, *files)
-        group.set(limit_bytes)
+        (path / limit).write_text(str(limit_bytes))
     except OSError as error:
         if path.exists():
             path.rmdir()
         pytest.skip(f"limiting memory needs a control group of one's own: {error}")
     try:
-        yield group
+        yield MemoryGroup(path, hits)
     finally:
         path.rmdir()

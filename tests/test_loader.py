@@ -646,11 +646,11 @@ def test_a_set_larger_than_memory_is_written_and_read(tmp_path):
     assert int(told) == limit
     with open_shards(out) as shards:
         assert sum(len(shard.mapping) for shard in shards.shards) > 1.2 * limit
-        wanted = [
-            (sample["image"].astype(np.float64).sum() / 127.5 - sample["image"].size)
-            for sample in map(shards.sample, range(len(shards)))
-        ]
-        labels = [int(shards.sample(row)["label"].sum()) for row in range(len(shards))]
+        wanted, labels = [], []
+        for sample in map(shards.sample, range(len(shards))):
+            image = sample["image"].astype(np.float64)
+            wanted.append(image.sum() / 127.5 - image.size)
+            labels.append(int(sample["label"].sum()))
     found = sorted((int(a), float(b), int(c)) for a, b, c in map(str.split, rows))
     assert [row for row, _, _ in found] == list(range(600))
     assert [pixels for _, _, pixels in found] == labels

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 _SERVER = """
-import os, signal, sys
+import os, signal, sys, traceback
 from pathlib import Path
 
 # Python reports each of these just before it happens (PEP 578), with where in its arguments the
@@ -53,6 +53,8 @@ for line in iter(sys.stdin.readline, ""):
                 kill_before(int(nth), folder)
             run(Path(folder))
             status = 0
+        except BaseException:
+            traceback.print_exc()  # the process ends before anyone else could
         finally:
             sys.stderr.flush()
             os._exit(status)
