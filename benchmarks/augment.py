@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.machine import machine_line
 from pupilseg.augment import AugmentConfig, augment
-from pupilseg.device import find_device
 from pupilseg.geometry import ellipse_vector
-from pupilseg.loader import Batch
-from pupilseg.losses import segmentation_loss
+from pupilseg.loader.loader import Batch
 from pupilseg.maps import distance_maps, spatial_weights
 from pupilseg.models import create_model
+from pupilseg.runtime.device import find_device
 from pupilseg.synthetic import render
+from pupilseg.train.losses import segmentation_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable

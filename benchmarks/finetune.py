@@ -18,17 +18,17 @@ import torch
 
 from benchmarks.machine import machine_line
 from benchmarks.score_table import print_head, print_row
-from pupilseg.allocator import keep_freed_memory
-from pupilseg.checkpoint import CHECKPOINT_NAMES, load_tensors, read_card, save_model
-from pupilseg.config import TrainConfig
-from pupilseg.device import find_device
-from pupilseg.evaluation import evaluate_model
+from pupilseg.cli.program import positive_int, run
+from pupilseg.evaluate.evaluation import evaluate_model
+from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, load_tensors, read_card, save_model
 from pupilseg.models import list_models
 from pupilseg.prepare import ensure_shards
-from pupilseg.pretrained import PRETRAINED, initial_path
-from pupilseg.program import positive_int, run
+from pupilseg.runtime.allocator import keep_freed_memory
+from pupilseg.runtime.device import find_device
 from pupilseg.sources import SourceOptions
-from pupilseg.train import train
+from pupilseg.train.config import TrainConfig
+from pupilseg.train.session import train
+from pupilseg.weights import PRETRAINED, initial_path
 
 
 def last_weights(folder: Path, model: str) -> Path:

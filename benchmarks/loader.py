@@ -24,18 +24,18 @@ import torch
 
 from benchmarks.machine import machine_line
 from benchmarks.peers import PEERS, earlier, ffcv
-from pupilseg.loader import make_loader
+from pupilseg.cli.program import positive_int, run
+from pupilseg.loader.decode import DECODED, layout_of
+from pupilseg.loader.loader import make_loader
 from pupilseg.prepare import ensure_shards
-from pupilseg.program import positive_int, run
 from pupilseg.shards import open_shards
-from pupilseg.shards.decode import DECODED, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-    from pupilseg.loader import Loader
+    from pupilseg.loader.loader import Loader
     from pupilseg.shards.reader import ShardSet
 
     Epoch = Callable[[], Iterable[tuple[Tensor, ...]]]

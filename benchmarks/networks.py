@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from benchmarks.machine import machine_line
-from pupilseg.export import INPUT_NAME, to_onnx
+from pupilseg.export.onnx import INPUT_NAME, to_onnx
 from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.model_files.onnx import onnx_session
 from pupilseg.models import create_model, list_models
-from pupilseg.network import onnx_session
 
 
 def multiply_adds(model: nn.Module) -> int:

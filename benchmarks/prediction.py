@@ -18,17 +18,17 @@ import cv2
 import numpy as np
 
 from benchmarks.machine import machine_line
-from pupilseg.calibration import reliability
+from pupilseg.evaluate.confidence import Certainty, judge
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_mask, ellipse_mask
-from pupilseg.judged import Certainty, judge
 from pupilseg.letterbox import Letterbox
-from pupilseg.network import OnnxNetwork, onnx_session
+from pupilseg.model_files.calibration import reliability
+from pupilseg.model_files.onnx import OnnxNetwork, onnx_session
 from pupilseg.pictures import write_image
-from pupilseg.postprocess import find_blob, margin_near, sub_pixel_ellipse
-from pupilseg.predict import Predictor
-from pupilseg.predict_files import Options, predict_paths
+from pupilseg.predict.postprocess import find_blob, margin_near, sub_pixel_ellipse
+from pupilseg.predict.predictor import Predictor
+from pupilseg.predict.runner import Options, predict_paths
+from pupilseg.predict.video import VideoFile
 from pupilseg.synthetic import render
-from pupilseg.video import VideoFile
 
 FIT_SEED, JUDGE_SEED = 7001, 7002
 PUPIL = 3

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine_line
-from pupilseg.device import find_device
+from pupilseg.cli.program import positive_int, run
 from pupilseg.errors import UsageError
-from pupilseg.program import positive_int, run
-from pupilseg.row_threads import RowThreads
+from pupilseg.loader.decode import DECODED, WEIGHT_VALUE, gather_row, layout_of
+from pupilseg.runtime.device import find_device
+from pupilseg.runtime.row_threads import RowThreads
 from pupilseg.shards import open_shards
-from pupilseg.shards.decode import DECODED, WEIGHT_VALUE, gather_row, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

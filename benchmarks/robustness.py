@@ -18,14 +18,14 @@ import numpy as np
 
 from benchmarks.machine import machine_line
 from benchmarks.score_table import print_head, print_row
+from pupilseg.cli.program import positive_int, run
+from pupilseg.evaluate.scoring import centroid, score_frames, summarise
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.predict import Predictor
+from pupilseg.predict.predictor import Predictor
 from pupilseg.preprocess import gamma_clahe
-from pupilseg.pretrained import NAMES
-from pupilseg.program import positive_int, run
 from pupilseg.sample import SPLITS
-from pupilseg.scoring import centroid, score_frames, summarise
 from pupilseg.sources import download, open_dataset
+from pupilseg.weights import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.machine import machine_line
-from pupilseg.allocator import keep_freed_memory
 from pupilseg.augment import augment
-from pupilseg.config import TrainConfig
-from pupilseg.device import find_device
-from pupilseg.engine import train_epoch
-from pupilseg.loader import Batch, make_loader
-from pupilseg.metrics import predicted_mask
+from pupilseg.cli.program import positive_int, run
+from pupilseg.loader.loader import Batch, make_loader
 from pupilseg.models import list_models
 from pupilseg.prepare import ensure_shards
-from pupilseg.program import positive_int, run
-from pupilseg.run import Run
+from pupilseg.runtime.allocator import keep_freed_memory
+from pupilseg.runtime.device import find_device
 from pupilseg.shards import open_shards
-from pupilseg.train import train
+from pupilseg.train.config import TrainConfig
+from pupilseg.train.loop import train_epoch
+from pupilseg.train.metrics import predicted_mask
+from pupilseg.train.session import train
+from pupilseg.train.state import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from pupilseg.cli.program import run
 from pupilseg.files import read_json
-from pupilseg.program import run
 from pupilseg.sources import FORMS, SourceOptions, download
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pupilseg.evaluation import evaluate_model
-from pupilseg.program import run
+from pupilseg.cli.program import run
+from pupilseg.evaluate.evaluation import evaluate_model
 
 
 def main() -> None:

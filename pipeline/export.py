@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pupilseg.export import export_onnx
-from pupilseg.program import run
+from pupilseg.cli.program import run
+from pupilseg.export.onnx import export_onnx
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pupilseg.cli.program import run
 from pupilseg.prepare import write_splits
 from pupilseg.preprocess import NONE, PREPROCESSINGS
-from pupilseg.program import run
 from pupilseg.shards.writer import MOST_FILES, ROWS_PER_SHARD
 
 

@@ -5,6 +5,6 @@ modal run pipeline/materialize_modal.py [--dataset SRC] [--data-dir DIR] [--rows
 
 import sys
 
-from pupilseg.cloud import materializing_app
+from pupilseg.cloud.app import materializing_app
 
 app, fetch, build, prepare, main = materializing_app(sys.argv[1:])

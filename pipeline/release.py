@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pupilseg.pretrained import WEIGHTS_DIR
-from pupilseg.program import run
-from pupilseg.release import release
+from pupilseg.cli.program import run
+from pupilseg.export.release import release
+from pupilseg.weights import WEIGHTS_DIR
 
 
 def main() -> None:

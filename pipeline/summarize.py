@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pupilseg.cli.program import run
 from pupilseg.errors import DataError
 from pupilseg.files import read_json
-from pupilseg.program import run
 
 
 def main() -> None:

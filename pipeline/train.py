@@ -9,9 +9,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from pupilseg.cli.program import run
+from pupilseg.cli.train import add_train_arguments, train_as_asked
 from pupilseg.models import list_models, model_entry
-from pupilseg.program import run
-from pupilseg.train_flags import add_train_arguments, train_as_asked
 
 
 def main() -> int:

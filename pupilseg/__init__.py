@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pupilseg.checkpoint import load_model
+    from pupilseg.model_files.checkpoint import load_model
     from pupilseg.models import create_model, list_models
 
 _LAZY = {
     "create_model": "pupilseg.models",
     "list_models": "pupilseg.models",
-    "load_model": "pupilseg.checkpoint",
+    "load_model": "pupilseg.model_files.checkpoint",
 }
 __all__ = ["__version__", "create_model", "list_models", "load_model"]
 

@@ -21,6 +21,12 @@ RADIUS_UNIT = math.hypot(WIDTH, HEIGHT) / 2
 """Length in px that a normalised semi-axis of 1 stands for: half the image diagonal, 377.36."""
 ELLIPSE_SCALE = np.array([WIDTH, HEIGHT, RADIUS_UNIT, RADIUS_UNIT], dtype=np.float64)
 """Pixels per unit of the normalised vector (cx, cy, rx, ry)."""
+IMAGE_TABLE: NDArray[np.float32] = (
+    np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)
+) / np.float32(0.5)
+"""float32 (256,): network input of each grey value, `(x / 255 - 0.5) / 0.5`, formed in float32.
+
+A table, because `x / 255` on CUDA may be a multiplication by a rounded 1 / 255."""
 NO_PUPIL = np.zeros(4, dtype=np.float32)
 """The normalised vector of a frame without a pupil: semi-axes of zero length."""
 

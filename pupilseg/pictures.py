@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pupilseg.geometry import Ellipse
-    from pupilseg.predict import Prediction
+    from pupilseg.predict.predictor import Prediction
 
 GREEN, RED = (80, 220, 60), (60, 60, 255)
 """Truth and prediction, as OpenCV orders colours: blue, green, red."""

@@ -7,7 +7,7 @@ import torch
 from fakes import random_image, random_label
 
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_vector
-from pupilseg.loader import Batch
+from pupilseg.loader.loader import Batch
 from pupilseg.maps import distance_maps, spatial_weights
 
 BLINK = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pupilseg.checkpoint import plain_state_dict, save_model
-from pupilseg.initial import RENDERED_LICENCE
+from pupilseg.model_files.checkpoint import plain_state_dict, save_model
+from pupilseg.model_files.initial import RENDERED_LICENCE
 from pupilseg.models import create_model
 
 CARD = {"preprocessing": "none", "data": "synthetic:9@1", "licence": RENDERED_LICENCE}

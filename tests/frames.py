@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse
-from pupilseg.postprocess import draw_ellipse
+from pupilseg.predict.postprocess import draw_ellipse
 
 PUPIL = Ellipse(301.3, 188.6, 52.4, 41.7, 0.4)
 

@@ -13,10 +13,10 @@ from pupilseg.augment.host import augment_on_host
 from pupilseg.augment.plan import RAYS, Plan, make_plan, noise_field
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, RADIUS_UNIT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
-from pupilseg.loader import Batch
+from pupilseg.loader.decode import distance_table
+from pupilseg.loader.loader import Batch
 from pupilseg.maps import distance_maps, spatial_weights
-from pupilseg.parallel import Ranks
-from pupilseg.shards.decode import distance_table
+from pupilseg.runtime.distributed import Ranks
 
 CPU = torch.device("cpu")
 STILL = AugmentConfig(

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pupilseg.checkpoint import save_model
+from pupilseg.model_files.checkpoint import save_model
 from pupilseg.models import create_model
 from pupilseg.shards.writer import write_shards
 from pupilseg.sources import SourceOptions, download

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pupilseg.calibration import Calibration, cross_fitted, fit_calibration, reliability
+from pupilseg.model_files.calibration import Calibration, cross_fitted, fit_calibration, reliability
 
 
 def frames(seed, count=4000):

@@ -16,7 +16,8 @@ import torch
 
 import pupilseg
 from pupilseg import files
-from pupilseg.checkpoint import (
+from pupilseg.errors import CheckpointError, OutputError
+from pupilseg.model_files.checkpoint import (
     CARD_MEMBER,
     CHECKPOINT_NAMES,
     load_model,
@@ -27,7 +28,6 @@ from pupilseg.checkpoint import (
     save_model,
     save_state,
 )
-from pupilseg.errors import CheckpointError, OutputError
 from pupilseg.models import create_model, list_models
 
 ROOT = Path(__file__).parents[1]
@@ -366,8 +366,8 @@ def test_killed_while_writing_leaves_a_whole_file(tmp_path, saved):
     """A process writes one file after another and is killed in the middle of it."""
     program = (
         "import sys, torch\n"
-        "from pupilseg.checkpoint import save_model\n"
-        "from pupilseg.checkpoint import plain_state_dict\n"
+        "from pupilseg.model_files.checkpoint import save_model\n"
+        "from pupilseg.model_files.checkpoint import plain_state_dict\n"
         "from pupilseg.models import create_model\n"
         "weights = plain_state_dict(create_model('efficientvit_tiny'))\n"
         "card = {'model': 'efficientvit_tiny', 'architecture': {}}\n"

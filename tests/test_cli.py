@@ -16,11 +16,11 @@ from fakes import FakeDataset
 from frames import write_video
 from onnx_files import threshold_onnx
 
-from pupilseg.calibration import Calibration
-from pupilseg.checkpoint import load_tensors, read_card
 from pupilseg.cli import main
+from pupilseg.model_files.calibration import Calibration
+from pupilseg.model_files.checkpoint import load_tensors, read_card
+from pupilseg.model_files.safetensors import write_weights
 from pupilseg.shards import write_shards
-from pupilseg.weight_files import write_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +134,7 @@ def test_info_of_each_form(model, tmp_path, capsys):
 def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch, capsys):
     weights = tmp_path / "weights"
     weights.mkdir()
-    monkeypatch.setattr("pupilseg.pretrained.WEIGHTS_DIR", weights)
+    monkeypatch.setattr("pupilseg.weights.WEIGHTS_DIR", weights)
     for name in ("efficientvit_tiny", "ellipse"):
         (weights / f"{name}.onnx").write_bytes(model.read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_an_interrupted_run_says_how_it_goes_on(model, image, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pupilseg.predict_files.predict_paths", interrupted)
+    monkeypatch.setattr("pupilseg.predict.runner.predict_paths", interrupted)
     (tmp_path / "found").mkdir()  # of an earlier run, which is not to be gone on with
     assert main(["predict", str(image), "--model", str(model)]) == 130
     assert "; --out found-2 --skip-existing goes on behind them\n" in capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_shards(tmp_path, capsys):
 )
 def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pupilseg.pretrained.WEIGHTS_DIR", tmp_path)  # a build without weights
+    monkeypatch.setattr("pupilseg.weights.WEIGHTS_DIR", tmp_path)  # a build without weights
     assert main(words) == code
     said = capsys.readouterr().err
     assert message in said
@@ -231,7 +231,7 @@ def test_entry_point():
     module, name = scripts["pupilseg"].split(":")
     assert getattr(import_module(module), name) is main
     ran = subprocess.run(
-        [sys.executable, "-m", "pupilseg.cli", "--version"],
+        [sys.executable, "-m", "pupilseg.cli.main", "--version"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pupilseg.compilation import compile_network
 from pupilseg.models.layers import TokenMixing
+from pupilseg.runtime.compilation import compile_network
 
 ROOT = Path(__file__).parents[1]
 OFF = {"device_type": "cpu", "enabled": False}
 PROGRAM = """
 import logging, torch
-from pupilseg.compilation import compile_network
+from pupilseg.runtime.compilation import compile_network
 from pupilseg.models.layers import TokenMixing
 logging.basicConfig(format="%(message)s")
 model = TokenMixing(1)

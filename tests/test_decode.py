@@ -8,9 +8,9 @@ import torch
 from fakes import FakeDataset
 from torch._dynamo.utils import counters
 
-from pupilseg.row_threads import RowThreads
+from pupilseg.loader.decode import DECODED, BatchDecoder, gather_row, layout_of
+from pupilseg.runtime.row_threads import RowThreads
 from pupilseg.shards import open_shards, write_shards
-from pupilseg.shards.decode import DECODED, BatchDecoder, gather_row, layout_of
 from pupilseg.shards.format import U2
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from pupilseg.device import Moment, fast_arithmetic, find_device
 from pupilseg.errors import UsageError
+from pupilseg.runtime.device import Moment, fast_arithmetic, find_device
 
 
 def test_the_cpu_is_always_there():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
 
 from pupilseg import maps
-from pupilseg.distance import ellipse_vectors, spatial_weights, squared_distance
+from pupilseg.augment.targets_device import ellipse_vectors, spatial_weights, squared_distance
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
-from pupilseg.shards.decode import distance_table, signed_maps
+from pupilseg.loader.decode import distance_table, signed_maps
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_row_blocks_do_not_show(monkeypatch):
     label = torch.from_numpy(np.stack([noise(s, (23, 31)) for s in range(7)]))
     whole = squared_distance(label)
     for values in (1, 31 * 31 * 5):
-        monkeypatch.setattr("pupilseg.distance.BLOCK_VALUES", values)
+        monkeypatch.setattr("pupilseg.augment.targets_device.BLOCK_VALUES", values)
         assert torch.equal(squared_distance(label), whole)
 
 

@@ -14,7 +14,7 @@ from tests.checkout import copy_checkout
 from tests.import_graph import ROOT, imported_files
 
 STAGES = ("download", "materialize", "train", "evaluate", "export")
-WATCHERS = ("pupilseg/tracking.py", "pupilseg/run_artifacts.py")
+WATCHERS = ("pupilseg/tracking/tracker.py", "pupilseg/train/artifacts.py")
 """They tell of a run and change nothing that it leaves: who edits a plot need not train again."""
 MODELS = ("efficientvit", "efficientvit_tiny", "ellipse")
 

@@ -16,24 +16,24 @@ import torch
 from fakes import FakeDataset, random_image, random_label
 
 from pupilseg.augment import AugmentConfig
-from pupilseg.checkpoint import load_model, load_tensors, read_card, save_state
-from pupilseg.config import TrainConfig
-from pupilseg.engine import evaluate, fit
 from pupilseg.errors import CheckpointError, OutputError, UsageError
-from pupilseg.loader import make_loader
-from pupilseg.losses import (
+from pupilseg.loader.loader import make_loader
+from pupilseg.model_files.checkpoint import load_model, load_tensors, read_card, save_state
+from pupilseg.models import list_models
+from pupilseg.shards import open_shards, write_shards
+from pupilseg.sources import Sample
+from pupilseg.train.config import TrainConfig
+from pupilseg.train.loop import evaluate, fit
+from pupilseg.train.losses import (
     ELLIPSE_TERMS,
     SEGMENTATION_TERMS,
     alpha_schedule,
     ellipse_loss,
     segmentation_loss,
 )
-from pupilseg.metrics import EpochMetrics, scores
-from pupilseg.models import list_models
-from pupilseg.optim import learning_rate
-from pupilseg.run import notes_of
-from pupilseg.shards import open_shards, write_shards
-from pupilseg.sources import Sample
+from pupilseg.train.metrics import EpochMetrics, scores
+from pupilseg.train.optim import learning_rate
+from pupilseg.train.state import notes_of
 
 CPU = torch.device("cpu")
 CARD = {"preprocessing": "none", "data": "fake", "licence": "MIT"}
@@ -147,7 +147,7 @@ class Eyes(FakeDataset):
 
 
 class Loaders:
-    """Shards of a few frames, and loaders over them as `pupilseg.train` makes them."""
+    """Shards of a few frames, and loaders over them as `pupilseg.train.session` makes them."""
 
     def __init__(self, path, train, validation):
         eyes = Eyes(train=train, validation=validation)

@@ -18,22 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_files import ellipse_onnx, threshold_onnx
 
-from pupilseg.calibration import Calibration
-from pupilseg.checkpoint import plain_state_dict, save_model
 from pupilseg.errors import CheckpointError, DataError, UsageError
-from pupilseg.evaluation import COLUMNS, choose_examples, evaluate_model
-from pupilseg.export import export_onnx
-from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_mask, ellipse_vector
-from pupilseg.judged import calibrate, frames_with_output, judge
-from pupilseg.metrics import EpochMetrics, scores
+from pupilseg.evaluate.confidence import calibrate, frames_with_output, judge
+from pupilseg.evaluate.evaluation import COLUMNS, choose_examples, evaluate_model
+from pupilseg.evaluate.plots import loss_curves, read_history, share_within, training_curves
+from pupilseg.evaluate.scoring import FrameScores, score_frames, summarise
+from pupilseg.export.onnx import export_onnx
+from pupilseg.geometry import HEIGHT, IMAGE_TABLE, WIDTH, ellipse_from_mask, ellipse_vector
+from pupilseg.model_files.calibration import Calibration
+from pupilseg.model_files.checkpoint import plain_state_dict, save_model
+from pupilseg.model_files.onnx import OnnxNetwork
 from pupilseg.models import create_model
-from pupilseg.network import OnnxNetwork
-from pupilseg.plots import loss_curves, read_history, share_within, training_curves
-from pupilseg.predict import Predictor
-from pupilseg.scoring import FrameScores, score_frames, summarise
+from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import open_shards, write_shards
-from pupilseg.shards.codec import IMAGE_TABLE
 from pupilseg.sources import Sample
+from pupilseg.train.metrics import EpochMetrics, scores
 
 ROOT = Path(__file__).parents[1]
 CARD = {"preprocessing": "none", "data": "fake", "licence": "MIT", "metrics": {"valid_iou": 0.5}}
@@ -425,7 +424,7 @@ def test_onnx_needs_no_torch(shards, threshold, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path\n"
-        "from pupilseg.evaluation import evaluate_model\n"
+        "from pupilseg.evaluate.evaluation import evaluate_model\n"
         f"m = evaluate_model(Path({str(threshold)!r}), Path({str(shards)!r}), "
         f"Path({str(tmp_path)!r}))\n"
         "print(m['frames'])\n"

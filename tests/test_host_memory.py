@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from pupilseg import host_memory as module
-from pupilseg.host_memory import host_memory
+from pupilseg.runtime import memory as module
+from pupilseg.runtime.memory import host_memory
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 SECOND = "0::/app/job\n"

@@ -72,20 +72,22 @@ def test_public_names_are_imported_when_used():
     assert run("from pupilseg import *; print(create_model, load_model, list_models, __version__)")
 
 
-@pytest.mark.skipif(not (PACKAGE / "predict.py").exists(), reason="no pupilseg/predict.py")
+@pytest.mark.skipif(
+    not (PACKAGE / "predict.py").exists(), reason="no pupilseg/predict/predictor.py"
+)
 def test_prediction_needs_no_torch():
-    loaded = loaded_by("import pupilseg.predict; pupilseg.predict.Predictor")
+    loaded = loaded_by("import pupilseg.predict.predictor; pupilseg.predict.predictor.Predictor")
     assert not {"torch", "mlflow", "matplotlib", "onnx", "pyarrow"} & set(loaded)
 
 
-@pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="no pupilseg/cli.py")
+@pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="no pupilseg/cli/main.py")
 def test_the_command_line_starts_without_torch():
-    loaded = loaded_by("import pupilseg.cli")
+    loaded = loaded_by("import pupilseg.cli.main")
     assert not {"torch", "mlflow", "matplotlib", "onnx"} & set(loaded)
 
 
 def test_training_loads_no_optional_package():
-    assert not set(OPTIONAL) & set(loaded_by("import pupilseg.engine, pupilseg.loader"))
+    assert not set(OPTIONAL) & set(loaded_by("import pupilseg.train.loop, pupilseg.loader.loader"))
 
 
 def test_data_preparation_needs_no_torch():
@@ -159,7 +161,7 @@ def test_models_know_nothing_of_data_or_tracking():
 
 def test_only_programs_read_the_command_line_and_the_environment():
     """`program` and `cli` are programs; `tracking` is told by MLflow's own variables."""
-    free = {"pupilseg.program", "pupilseg.cli", "pupilseg.tracking"}
+    free = {"pupilseg.cli.program", "pupilseg.cli.main", "pupilseg.tracking.tracker"}
     for path in files_of("pupilseg"):
         if module_of(path) in free:
             continue

@@ -11,13 +11,18 @@ import torch
 from checkpoints import CARD, model_file
 from fakes import FakeDataset
 
-from pupilseg.checkpoint import load_model, read_card
-from pupilseg.config import TrainConfig
 from pupilseg.errors import CheckpointError, UsageError
-from pupilseg.export import metadata_of
-from pupilseg.initial import DATA_LICENCE, RENDERED_LICENCE, initial_architecture, initial_card
-from pupilseg.run import Run
+from pupilseg.export.onnx import metadata_of
+from pupilseg.model_files.checkpoint import load_model, read_card
+from pupilseg.model_files.initial import (
+    DATA_LICENCE,
+    RENDERED_LICENCE,
+    initial_architecture,
+    initial_card,
+)
 from pupilseg.shards import write_shards
+from pupilseg.train.config import TrainConfig
+from pupilseg.train.state import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = {"embed_dims": (8, 8, 16)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pupilseg.checkpoint import load_tensors
+from pupilseg.model_files.checkpoint import load_tensors
 from pupilseg.shards import write_shards
 from tests.processes import Program
 from tests.test_engine import Eyes

@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from memory_limit import limited_memory
 
 from benchmarks.loader import device_speeds
-from pupilseg import feed_choice, feeds
 from pupilseg.errors import DataError, UsageError
-from pupilseg.loader import Batch, Loader, epoch_order, make_loader
-from pupilseg.prefetch import THREAD_NAME
+from pupilseg.loader.decode import DECODED, layout_of
+from pupilseg.loader.loader import Batch, Loader, epoch_order, feed_choice, feeds, make_loader
+from pupilseg.runtime.prefetch import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
-from pupilseg.shards.decode import DECODED, layout_of
 from pupilseg.shards.format import stored_fields
 from pupilseg.shards.mapped import Shard
 
@@ -615,8 +614,8 @@ from pathlib import Path
 Path(sys.argv[1]).write_text(str(os.getpid()))
 import torch
 from fakes import FakeDataset
-from pupilseg.host_memory import host_memory
-from pupilseg.loader import make_loader
+from pupilseg.runtime.memory import host_memory
+from pupilseg.loader.loader import make_loader
 from pupilseg.shards import open_shards, write_shards
 print(host_memory())
 write_shards(FakeDataset(train=600), "train", Path(sys.argv[2]), rows_per_shard=16)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from pupilseg.geometry import ELLIPSE_SCALE
-from pupilseg.losses import (
+from pupilseg.models.ellipse import EllipseOutput
+from pupilseg.train.losses import (
     COVER_CE_WEIGHT,
     ELLIPSE_TERMS,
     SEGMENTATION_TERMS,
@@ -21,7 +22,6 @@ from pupilseg.losses import (
     segmentation_loss,
     surface,
 )
-from pupilseg.models.ellipse import EllipseOutput
 
 SMALL = (3, 7, 9)
 

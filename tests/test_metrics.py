@@ -15,7 +15,7 @@ from pupilseg.geometry import (
     ellipse_mask,
     ellipse_vector,
 )
-from pupilseg.metrics import (
+from pupilseg.train.metrics import (
     COUNTS,
     EpochMetrics,
     ellipse_masks,

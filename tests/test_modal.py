@@ -22,12 +22,14 @@ import modal
 import pytest
 import yaml
 
-from pupilseg import cloud, cloud_client, cloud_jobs
-from pupilseg.checkpoint import read_card
+from pupilseg.cli.train import add_train_arguments
+from pupilseg.cloud import app as cloud
+from pupilseg.cloud import client as cloud_client
+from pupilseg.cloud import jobs as cloud_jobs
 from pupilseg.errors import DataError, UsageError
+from pupilseg.model_files.checkpoint import read_card
 from pupilseg.prepare import write_splits
 from pupilseg.sources import download
-from pupilseg.train_flags import add_train_arguments
 from tests.checkout import copy_checkout
 from tests.import_graph import ROOT, imports, module_of
 from tests.processes import Program
@@ -163,7 +165,7 @@ def test_the_client_imports_modal_and_the_standard_library():
                 assert parts[0] in {"modal", *sys.stdlib_module_names}, path
             files = (ROOT / Path(*parts, "__init__.py"), ROOT / Path(*parts).with_suffix(".py"))
             todo += [file for file in files if file.is_file() and file not in seen]
-    assert {"pupilseg.cloud", "pupilseg.files"} <= {module_of(path) for path in seen}
+    assert {"pupilseg.cloud.app", "pupilseg.files"} <= {module_of(path) for path in seen}
 
 
 def test_the_package_knows_where_params_are():
@@ -360,7 +362,7 @@ def test_readme_commands_run_in_order(clone, tmp_path):
     assert "apt-get install -y libgl1 libglib2.0-0" in steps
     assert " torch==" in steps
     assert {"torch", "opencv-python", "mlflow"} <= set(train["image"]["packages"])
-    assert {f"{home}/params.yaml", f"{home}/pupilseg/cloud.py"} <= set(train["local_files"])
+    assert {f"{home}/params.yaml", f"{home}/pupilseg/cloud/app.py"} <= set(train["local_files"])
     assert all("pupilseg" in note for note in summary["notes"]), "a package that the image lacks"
 
 

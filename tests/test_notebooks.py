@@ -23,11 +23,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from source_data import table, write
 
-from pupilseg.checkpoint import CHECKPOINT_NAMES, read_card
-from pupilseg.colab import NEEDED, DriveCopy, choose_device, secret
-from pupilseg.export import MAX_BYTES
+from pupilseg.export.onnx import MAX_BYTES
+from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, read_card
 from pupilseg.models import create_model
-from pupilseg.predict import Predictor
+from pupilseg.notebook.colab import NEEDED, DriveCopy, choose_device, secret
+from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import open_shards
 from tests.import_graph import ROOT
 
@@ -391,7 +391,7 @@ def in_new_environment(tmp_path):
 @pytest.mark.integration
 def test_what_is_missing_is_installed(in_new_environment):
     done = in_new_environment(
-        "from pupilseg.colab import install_missing as install\n"
+        "from pupilseg.notebook.colab import install_missing as install\n"
         "names = {'numpy': 'numpy', 'pupilseg_probe': 'pupilseg-probe'}\n"
         "print(install(names)); import pupilseg_probe; print(install(names))"
     )
@@ -407,7 +407,7 @@ def test_what_is_missing_is_installed(in_new_environment):
 def test_numpy_is_never_moved(in_new_environment):
     """Not even for a package that wants another one, which pip can get."""
     done = in_new_environment(
-        "from pupilseg.colab import install_missing\n"
+        "from pupilseg.notebook.colab import install_missing\n"
         "from pupilseg.errors import UsageError\n"
         "try: install_missing({'pupilseg_mover': 'pupilseg-mover'})\n"
         "except UsageError as error: print(error)\n"

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pupilseg.models import create_model
-from pupilseg.optim import AveragedWeights, learning_rate, load_optimizer, parameter_groups
-from pupilseg.snapshot import Snapshot
+from pupilseg.runtime.host_copy import Snapshot
+from pupilseg.train.optim import AveragedWeights, learning_rate, load_optimizer, parameter_groups
 
 
 def rates(steps, peak=1e-2, warmup=0.15):

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pupilseg.errors import ParallelError, UsageError
-from pupilseg.parallel import ALONE, RankedBatchNorm, Ranks, synchronise_norms
+from pupilseg.runtime.distributed import ALONE, RankedBatchNorm, Ranks, synchronise_norms
 from pupilseg.shards import write_shards
 from tests.processes import Program
 from tests.test_engine import Eyes

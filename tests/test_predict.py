@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx_files import METADATA, ellipse_onnx, threshold_onnx, write
 
-from pupilseg.calibration import Calibration
 from pupilseg.errors import CheckpointError, DataError, UsageError
 from pupilseg.geometry import (
     HEIGHT,
@@ -28,10 +27,11 @@ from pupilseg.geometry import (
     ellipse_vector,
 )
 from pupilseg.letterbox import Letterbox
-from pupilseg.network import onnx_session
+from pupilseg.model_files.calibration import Calibration
+from pupilseg.model_files.onnx import onnx_session
 from pupilseg.pictures import GREEN, RED, compare, overlay, read_image
-from pupilseg.postprocess import draw_ellipse, find_blob
-from pupilseg.predict import BATCH_SIZE, Predictor
+from pupilseg.predict.postprocess import draw_ellipse, find_blob
+from pupilseg.predict.predictor import BATCH_SIZE, Predictor
 from pupilseg.preprocess import get_preprocessing
 from pupilseg.synthetic import render
 
@@ -362,14 +362,14 @@ def test_runs_without_torch_and_imports_onnxruntime_late(tmp_path):
     code = f"""
 import sys
 sys.modules["torch"] = None
-import pupilseg.predict
+import pupilseg.predict.predictor
 assert "onnxruntime" not in sys.modules and "pyarrow" not in sys.modules
 import numpy as np
-print(pupilseg.predict.Predictor({str(model)!r})(np.zeros((40, 64), np.uint8)).confidence)
+print(pupilseg.predict.predictor.Predictor({str(model)!r})(np.zeros((40, 64), np.uint8)).confidence)
 sys.modules["onnxruntime"] = None
 try:
-    pupilseg.predict.Predictor({str(model)!r})
-except pupilseg.network.UsageError as error:
+    pupilseg.predict.predictor.Predictor({str(model)!r})
+except pupilseg.model_files.onnx.UsageError as error:
     print(error)
 """
     done = subprocess.run(

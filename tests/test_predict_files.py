@@ -20,13 +20,13 @@ from victim import Victim
 from pupilseg.errors import DataError, LockedError, OutputError, UsageError
 from pupilseg.files import directory_lock
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.inputs import find_sources
 from pupilseg.pictures import read_image
-from pupilseg.predict import Predictor
-from pupilseg.predict_files import Options, predict_paths
-from pupilseg.pupil_table import COLUMNS, JOURNAL_NAME
-from pupilseg.roi import Roi
-from pupilseg.video import Video, VideoFile, pictures_at
+from pupilseg.predict.inputs import find_sources
+from pupilseg.predict.journal import COLUMNS, JOURNAL_NAME
+from pupilseg.predict.predictor import Predictor
+from pupilseg.predict.roi import Roi
+from pupilseg.predict.runner import Options, predict_paths
+from pupilseg.predict.video import Video, VideoFile, pictures_at
 
 ROOT = Path(__file__).parents[1]
 BLINK = np.full((HEIGHT, WIDTH), 120, np.uint8)
@@ -283,7 +283,7 @@ def test_killed_and_gone_on_with(number, folder, predictor, eyes):
     """At any moment: what was finished has its rows, and the end is that of an unbroken run."""
     for i in range(8):
         write_video(folder / "in" / f"v{i}.avi", eyes * 4)
-    command = [sys.executable, "-m", "pupilseg.cli", "predict", str(folder / "in")]
+    command = [sys.executable, "-m", "pupilseg.cli.main", "predict", str(folder / "in")]
     command += ["--model", str(predictor.network.path), "--out", str(folder / "out")]
     command += ["--skip-existing"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -312,8 +312,8 @@ def test_killed_and_gone_on_with(number, folder, predictor, eyes):
 
 
 PREDICT = """
-from pupilseg.predict import Predictor
-from pupilseg.predict_files import Options, predict_paths
+from pupilseg.predict.predictor import Predictor
+from pupilseg.predict.runner import Options, predict_paths
 
 def run(folder):
     options = Options(masks=True, skip_existing=True)

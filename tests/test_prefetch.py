@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from pupilseg.prefetch import prefetch
+from pupilseg.runtime.prefetch import prefetch
 
 
 def loader_threads():

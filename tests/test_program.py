@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pupilseg.program import finishing
+from pupilseg.cli.program import finishing
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, os, errno
-from pupilseg.program import run
+from pupilseg.cli.program import run
 from pupilseg.errors import *
 def main():
     {}
@@ -90,7 +90,7 @@ def test_interrupt():
 def test_the_first_ctrl_c_is_a_request_and_the_second_an_interrupt():
     body = (
         "import time\n"
-        "    from pupilseg.program import finishing\n"
+        "    from pupilseg.cli.program import finishing\n"
         "    with finishing('this epoch') as stop:\n"
         "        print('ready', flush=True)\n"
         "        while not stop():\n"

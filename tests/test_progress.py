@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pupilseg.progress import progress_bar
+from pupilseg.runtime.progress import progress_bar
 
 
 class Screen(io.StringIO):

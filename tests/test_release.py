@@ -10,14 +10,15 @@ import torch
 from checkpoints import model_file
 from fakes import FakeDataset
 
-from pupilseg import load_model, release
+from pupilseg import load_model
 from pupilseg.errors import UsageError
+from pupilseg.export import release
 from pupilseg.files import file_digest
-from pupilseg.initial import DATA_LICENCE, RENDERED_LICENCE
-from pupilseg.predict import Predictor
-from pupilseg.pretrained import WEIGHTS_DIR
+from pupilseg.model_files.initial import DATA_LICENCE, RENDERED_LICENCE
+from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import write_shards
 from pupilseg.synthetic import RENDERER_VERSION
+from pupilseg.weights import WEIGHTS_DIR
 
 RECORDED = (
     json.loads((WEIGHTS_DIR / release.RECORD).read_text())

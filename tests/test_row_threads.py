@@ -6,8 +6,8 @@ from threading import Barrier, Event
 
 import pytest
 
-from pupilseg.prefetch import Stopped
-from pupilseg.row_threads import RowThreads
+from pupilseg.runtime.prefetch import Stopped
+from pupilseg.runtime.row_threads import RowThreads
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -2,10 +2,10 @@
 
 import torch
 
-from pupilseg.checkpoint import save_state
-from pupilseg.config import TrainConfig
-from pupilseg.run import Run
-from pupilseg.snapshot import Snapshot
+from pupilseg.model_files.checkpoint import save_state
+from pupilseg.runtime.host_copy import Snapshot
+from pupilseg.train.config import TrainConfig
+from pupilseg.train.state import Run
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pupilseg.snapshot import Snapshot
+from pupilseg.runtime.host_copy import Snapshot
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

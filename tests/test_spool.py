@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pupilseg.errors import DataError, LockedError, OutputError
-from pupilseg.spool import Spool
+from pupilseg.tracking.spool import Spool
 
 RUN = {"uri": "http://127.0.0.1:9", "experiment": "1", "name": "tiny"}
 

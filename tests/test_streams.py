@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pupilseg.streams import ahead
+from pupilseg.runtime.streams import ahead
 
 
 def threads():

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pupilseg import outbox, tracking
 from pupilseg.cli import main
 from pupilseg.errors import UsageError
-from pupilseg.mlflow_run import METRICS_A_REQUEST, without_password
-from pupilseg.spool import Record
+from pupilseg.tracking import outbox
+from pupilseg.tracking import tracker as tracking
+from pupilseg.tracking.mlflow import METRICS_A_REQUEST, without_password
+from pupilseg.tracking.spool import Record
 from tests.mlflow_server import START_SECONDS, eventually
 
 ROOT = Path(__file__).parents[1]
@@ -295,7 +296,7 @@ def test_a_server_that_comes_back_gets_what_it_missed(client, gate, spool, monke
 TRAINING = """
 import sys
 from pathlib import Path
-from pupilseg import tracking
+from pupilseg.tracking import tracker as tracking
 
 tracker = tracking.start({"lr": 0.1}, {}, "tiny", spool=Path(sys.argv[1]))
 tracker.log_epoch({"epoch": 1, "train_loss": 1.0})

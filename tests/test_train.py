@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pupilseg import train_flags
-from pupilseg.checkpoint import load_model, read_card
-from pupilseg.config import default_batch_size
+from pupilseg.cli import train as train_flags
+from pupilseg.cli.train import config_from
 from pupilseg.errors import CheckpointError
+from pupilseg.model_files.checkpoint import load_model, read_card
 from pupilseg.models import list_models
-from pupilseg.run import notes_of
 from pupilseg.shards import write_shards
-from pupilseg.train_flags import config_from
+from pupilseg.train.config import default_batch_size
+from pupilseg.train.state import notes_of
 from tests.mlflow_server import Server
 from tests.processes import Program
 from tests.test_engine import Eyes
@@ -295,7 +295,7 @@ def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(shards, tmp_pa
         assert f"pupilseg upload-run {out}" in text
         assert (out / f"best_{model}_model.pt").exists()
         server.start()
-        sent = run("-m", "pupilseg.cli", "upload-run", out)
+        sent = run("-m", "pupilseg.cli.main", "upload-run", out)
         assert sent.returncode == 0, sent.stderr
         client = client_of(server)
         found = only_run(client, experiment)

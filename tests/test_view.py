@@ -12,9 +12,9 @@ from frames import PUPIL, eye, write_video
 from onnx_files import threshold_onnx
 
 from pupilseg.errors import DataError
-from pupilseg.predict import Predictor
-from pupilseg.predict_files import Options, predict_paths
-from pupilseg.view import choose_rows, write_view
+from pupilseg.predict.predictor import Predictor
+from pupilseg.predict.runner import Options, predict_paths
+from pupilseg.predict.view import choose_rows, write_view
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_pictures_are_bounded_and_the_page_says_so(out):
 def test_bytes_are_bounded_too(out, monkeypatch):
     whole, _ = data_of(write_view(out))
     sizes = {n: len(p) for n, p in whole["pictures"].items()}
-    monkeypatch.setattr("pupilseg.view.MOST_BYTES", sum(sizes.values()) // 3)
+    monkeypatch.setattr("pupilseg.predict.view.MOST_BYTES", sum(sizes.values()) // 3)
     data, _ = data_of(write_view(out))
     assert "4" in data["pictures"]
     assert 2 <= len(data["pictures"]) <= 7

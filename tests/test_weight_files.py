@@ -7,15 +7,16 @@ import json
 import pytest
 import torch
 
-from pupilseg import load_model, pretrained
-from pupilseg.checkpoint import plain_state_dict, read_card
-from pupilseg.cloud_client import initial_file
-from pupilseg.config import TrainConfig
+from pupilseg import load_model
+from pupilseg import weights as pretrained
+from pupilseg.cloud.client import initial_file
 from pupilseg.errors import CheckpointError, UsageError
-from pupilseg.initial import RENDERED_LICENCE, initial_architecture, initial_card
+from pupilseg.model_files.checkpoint import plain_state_dict, read_card
+from pupilseg.model_files.initial import RENDERED_LICENCE, initial_architecture, initial_card
+from pupilseg.model_files.safetensors import read_weights, write_weights
 from pupilseg.models import create_model
-from pupilseg.run import Run
-from pupilseg.weight_files import read_weights, write_weights
+from pupilseg.train.config import TrainConfig
+from pupilseg.train.state import Run
 
 CARD = {
     "format": 1,

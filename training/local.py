@@ -6,9 +6,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from pupilseg.cli.train import add_train_arguments, train_as_asked
 from pupilseg.prepare import DATASET, ensure_shards
 from pupilseg.preprocess import NONE, PREPROCESSINGS
-from pupilseg.train_flags import add_train_arguments, train_as_asked
 
 DATA_DIR = "~/.cache/openeds"
 

@@ -5,6 +5,6 @@ modal run training/train_efficientvit.py [--epochs N] [--gpu A100,H100] [--outpu
 
 import sys
 
-from pupilseg.cloud import training_app
+from pupilseg.cloud.app import training_app
 
 app, prepare, train, main = training_app("efficientvit", sys.argv[1:])

@@ -5,6 +5,6 @@ modal run training/train_ellipse.py [--epochs N] [--gpu A100,H100] [--output-dir
 
 import sys
 
-from pupilseg.cloud import training_app
+from pupilseg.cloud.app import training_app
 
 app, prepare, train, main = training_app("ellipse", sys.argv[1:])

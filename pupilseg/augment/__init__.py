@@ -19,9 +19,9 @@ from pupilseg.augment.config import AugmentConfig
 from pupilseg.augment.dense import augment_dense
 from pupilseg.augment.host import augment_on_host
 from pupilseg.augment.plan import check_columns, make_plan, noise_field
-from pupilseg.compilation import Compiled
-from pupilseg.parallel import ALONE
-from pupilseg.shards.decode import distance_table
+from pupilseg.loader.decode import distance_table
+from pupilseg.runtime.compilation import Compiled
+from pupilseg.runtime.distributed import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pupilseg.augment.plan import Plan
-    from pupilseg.loader import Batch
-    from pupilseg.parallel import Ranks
+    from pupilseg.loader.loader import Batch
+    from pupilseg.runtime.distributed import Ranks
 
     Dense = Callable[[Batch, Plan, AugmentConfig, Tensor, Tensor], Batch]
 

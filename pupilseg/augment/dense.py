@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from pupilseg.augment.plan import BLUR_RADIUS, PIXELS, RAYS
-from pupilseg.distance import ellipse_vectors, spatial_weights, squared_distance
+from pupilseg.augment.targets_device import ellipse_vectors, spatial_weights, squared_distance
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.shards.decode import signed_maps
+from pupilseg.loader.decode import signed_maps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pupilseg.augment.config import AugmentConfig
     from pupilseg.augment.plan import Plan
-    from pupilseg.loader import Batch
+    from pupilseg.loader.loader import Batch
 
 LIFT = 1 + 1e-6
 """Added before the logarithm that a power takes: sampling and blur may leave -1 - 1e-7 on black."""

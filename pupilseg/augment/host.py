@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pupilseg.augment.config import AugmentConfig
-    from pupilseg.loader import Batch
+    from pupilseg.loader.loader import Batch
 
     Field = NDArray[np.float32]
     Columns = dict[str, NDArray[Any]]

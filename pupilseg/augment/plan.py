@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pupilseg.device import on_device
-from pupilseg.distance import ellipse_vectors, unless
+from pupilseg.augment.targets_device import ellipse_vectors, unless
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, RADIUS_UNIT, WIDTH
-from pupilseg.parallel import ALONE
+from pupilseg.runtime.device import on_device
+from pupilseg.runtime.distributed import ALONE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pupilseg.augment.config import AugmentConfig
-    from pupilseg.loader import Batch
-    from pupilseg.parallel import Ranks
+    from pupilseg.loader.loader import Batch
+    from pupilseg.runtime.distributed import Ranks
 
 PIXELS = HEIGHT * WIDTH
 SMALLEST, LARGEST = 0.5, 2.0

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from pupilseg.errors import DataError
-from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.geometry import HEIGHT, IMAGE_TABLE, WIDTH
 from pupilseg.maps import (
     MAX_DISTANCE_SQUARED,
     exchange_in_pupil,
@@ -25,12 +25,6 @@ from pupilseg.shards.format import COLUMNS, RAW, U2, Encodings
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-IMAGE_TABLE: NDArray[np.float32] = (
-    np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)
-) / np.float32(0.5)
-"""float32 (256,): network input of each grey value, `(x / 255 - 0.5) / 0.5`, formed in float32.
-
-A table, because `x / 255` on CUDA may be a multiplication by a rounded 1 / 255."""
 BYTE_BITS: NDArray[np.uint8] = np.unpackbits(
     np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
 )

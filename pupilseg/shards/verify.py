@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError
 from pupilseg.files import file_digest
-from pupilseg.progress import progress_bar
+from pupilseg.runtime.progress import progress_bar
 from pupilseg.shards.codec import FrameDecoder
 from pupilseg.shards.format import MANIFEST, SUMS, sums_text
 from pupilseg.shards.manifest import read_manifest, rebuild

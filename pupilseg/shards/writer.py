@@ -20,7 +20,7 @@ import pupilseg
 from pupilseg.errors import DataError, UsageError
 from pupilseg.files import directory_lock, flush_files, json_text, write_text
 from pupilseg.preprocess import NONE, remaining_preprocessing
-from pupilseg.progress import progress_bar
+from pupilseg.runtime.progress import progress_bar
 from pupilseg.shards import build
 from pupilseg.shards.format import (
     COLUMNS,

@@ -1,0 +1,1 @@
+"""Scores a model on a split, calibrates its confidence and writes the report."""

@@ -1,0 +1,5 @@
+"""Shards to batches on a device."""
+
+from pupilseg.loader.loader import Batch, Loader, make_loader
+
+__all__ = ["Batch", "Loader", "make_loader"]

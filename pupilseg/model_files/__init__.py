@@ -1,0 +1,1 @@
+"""Model files: checkpoints, safetensors and ONNX, and what they say of themselves."""

@@ -1,0 +1,1 @@
+"""Colab setup, and what the notebooks show."""
