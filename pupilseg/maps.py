@@ -173,7 +173,7 @@ def write_signed_distances(
     """Writes what u^2 is in both maps where the label is 0: inside class 0, outside class 1.
 
     Computed in float64 and rounded once: with lookups it takes longer (docs/benchmarks.md). Each of
-    the 567,523 possible u^2 comes out as in `signed_tables` (tests/test_codec.py).
+    the 567,523 possible u^2 comes out as in `signed_tables` (tests/shards/test_codec.py).
 
     Args:
         squared: float32 (400, 640) of integers.

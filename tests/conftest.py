@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """An MLflow server; who kills it starts it again."""
-    from tests.mlflow_server import Server
+    from tests.helpers.mlflow_server import Server
 
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,9 +12,9 @@ from pupilseg.model_files.checkpoint import save_model
 from pupilseg.models import create_model
 from pupilseg.shards.writer import write_shards
 from pupilseg.sources import SourceOptions, download
-from tests.fakes import FakeDataset
+from tests.helpers.fakes import FakeDataset
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.integration
 
 

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from checkpoints import model_file
-from onnx_files import threshold_onnx
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.checkpoints import model_file
+from tests.helpers.onnx_files import threshold_onnx
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.integration

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.checkout import copy_checkout
-from tests.import_graph import ROOT, imported_files
+from tests.helpers.checkout import copy_checkout
+from tests.helpers.import_graph import imported_files
+from tests.helpers.paths import ROOT
 
 STAGES = ("download", "materialize", "train", "evaluate", "export")
 WATCHERS = ("pupilseg/tracking/tracker.py", "pupilseg/train/artifacts.py")

@@ -15,8 +15,7 @@ import pytest
 
 from pupilseg.errors import DataError, LockedError, OutputError
 from pupilseg.files import atomic_path, directory_lock, output_errors, read_json, write_json
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
 
 
 def names(folder):

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.import_graph import ROOT, imports, module_of
+from tests.helpers.import_graph import imports, module_of
+from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "pupilseg"
 OPTIONAL = (

@@ -6,19 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pupilseg.model_files.checkpoint import load_tensors
 from pupilseg.shards import write_shards
-from tests.processes import Program
-from tests.test_engine import Eyes
-from tests.victim import Victim
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import Program
+from tests.helpers.victim import Victim
+from tests.train.test_loop import Eyes
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[1]
+
 MODEL = "efficientvit_tiny"
 STATE = f"{MODEL}_training_state.pt"
 EPOCHS = 12

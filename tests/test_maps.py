@@ -6,11 +6,11 @@ import cv2
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from masks import CORNERS, EDGES, EMPTY, FULL, blobs, labels, pixels
 from scipy.ndimage import distance_transform_edt
 
 from pupilseg import maps
 from pupilseg.geometry import Ellipse, ellipse_mask
+from tests.helpers.masks import CORNERS, EDGES, EMPTY, FULL, blobs, labels, pixels
 
 DIAGONAL = np.hypot(399.0, 639.0)
 

@@ -9,8 +9,8 @@ import cv2
 import pytest
 
 from pupilseg.synthetic import render
-from tests.checkout import copy_checkout
-from tests.import_graph import ROOT
+from tests.helpers.checkout import copy_checkout
+from tests.helpers.paths import ROOT
 
 BROUGHT = {"numpy", "opencv-python", "onnxruntime", "tqdm"}
 """What `pip install pupilseg[predict]` brings."""

@@ -3,10 +3,10 @@
 import cv2
 import numpy as np
 import pytest
-from fakes import random_image
 
 from pupilseg.errors import DataError, UsageError
 from pupilseg.preprocess import PREPROCESSINGS, get_preprocessing, remaining_preprocessing
+from tests.helpers.fakes import random_image
 
 GC = "gamma0.8+clahe1.5"
 

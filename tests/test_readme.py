@@ -11,8 +11,8 @@ import pytest
 
 from pupilseg import __version__
 from pupilseg.models import create_model, list_models
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENV = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -71,7 +71,7 @@ def test_every_command_exists(line):
     elif words[0] == "dvc":
         assert (ROOT / "dvc.yaml").exists()
     else:
-        test = "tests/test_modal.py" if words[0] == "modal" else "tests/test_readme.py"
+        test = "tests/cloud/test_modal.py" if words[0] == "modal" else "tests/test_readme.py"
         assert line in [command for block in marked_commands(test) for command in block]
 
 

@@ -125,7 +125,7 @@ class ShardColumns:
                 self._decode_maps(row, self._maps)
                 stored = np.ascontiguousarray(given)
                 return bool(np.array_equal(self._maps.view(np.uint32), stored.view(np.uint32)))
-            # Of each integer the decoder makes what `maps_from_squared` does (tests/test_codec.py),
+            # Of each integer the decoder makes what `maps_from_squared` does (tests/shards),
             # so comparing those is enough.
             decoded = self._decoder.squared(self._squared[row], self._first[row])
             return bool(np.array_equal(decoded, squared))

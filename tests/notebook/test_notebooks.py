@@ -1,0 +1,425 @@
+"""The notebooks, run from top to bottom: here, and in what they would find in Colab."""
+
+import ast
+import base64
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import cv2
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from pupilseg.export.onnx import MAX_BYTES
+from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, read_card
+from pupilseg.models import create_model
+from pupilseg.notebook.colab import NEEDED, DriveCopy, choose_device, secret
+from pupilseg.predict.predictor import Predictor
+from pupilseg.shards import open_shards
+from tests.helpers.hub_server import HubServer
+from tests.helpers.paths import ROOT
+from tests.helpers.source_data import table, write
+
+COLAB = ROOT / "tests" / "helpers" / "colab_runtime"
+MODELS = ("efficientvit", "ellipse")
+OUTPUTS = {"efficientvit": "(2, 2, 400, 640)", "ellipse": "(2, 4)"}
+TOKEN = "hf_of_nobody"
+LAYOUTS = {
+    "efficientvit": ("Conner/openeds-precomputed", False),
+    "ellipse": ("Conner/sddec25-01", True),
+}
+"""Repository and whether its columns are nested (revision A) or flat."""
+
+
+def read(model):
+    return nbformat.read(ROOT / "notebooks" / f"train_{model}.ipynb", nbformat.NO_CONVERT)
+
+
+def code_cells(notebook):
+    """Returns title -> cell."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    titles = [re.match(r"# @title (.+)", cell.source).group(1) for cell in cells]
+    return dict(zip(titles, cells, strict=True))
+
+
+def execute(notebook, cwd, *titles, **env):
+    """Runs a notebook, or the cells of some titles, in a kernel of its own."""
+    if titles:
+        cells = code_cells(notebook)
+        notebook.cells = [cells[title] for title in titles]
+    cwd.mkdir(exist_ok=True)
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(cwd)}}
+    )
+    inherited = {k: v for k, v in os.environ.items() if k != "PUPILSEG_SMOKE"}
+    client.execute(env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env})
+    return notebook
+
+
+def text(cell):
+    """Returns what a cell printed, as a page shows it: a carriage return starts its line anew."""
+    printed = "".join(out.text for out in cell.outputs if out.output_type == "stream")
+    return re.sub(r"[^\n]*\r", "", printed)
+
+
+def pictures(cell):
+    """Returns the pictures that a cell shows."""
+    found = [out.data[kind] for out in cell.outputs for kind in ("image/png", "image/jpeg")
+             if kind in out.get("data", {})]  # fmt: skip
+    return [cv2.imdecode(np.frombuffer(base64.b64decode(p), np.uint8), 1) for p in found]
+
+
+@pytest.mark.parametrize("model", MODELS)
+class TestSource:
+    def test_no_outputs_are_kept(self, model):
+        notebook = read(model)
+        nbformat.validate(notebook)
+        assert len(notebook.cells) <= 14
+        for cell in code_cells(notebook).values():
+            assert (cell.outputs, cell.execution_count, cell.metadata) == ([], None, {})
+        assert notebook.metadata.accelerator == "GPU"  # what Colab starts it with
+
+    def test_it_is_found_where_the_scripts_are(self, model):
+        link = ROOT / "training" / f"train_{model}.ipynb"
+        assert os.readlink(link) == f"../notebooks/train_{model}.ipynb"
+        assert json.loads(link.read_text())["nbformat"] == 4
+
+    def test_nothing_is_defined_in_it(self, model):
+        forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For)
+        for cell in code_cells(read(model)).values():
+            for node in ast.walk(ast.parse(cell.source)):
+                assert not isinstance(node, (*forbidden, ast.While)), ast.unparse(node)
+                modules = [alias.name for alias in getattr(node, "names", [])]
+                if isinstance(node, ast.ImportFrom):
+                    modules = [node.module]
+                for top in (name.split(".")[0] for name in modules):
+                    assert top in {"pupilseg", "torch", *sys.stdlib_module_names}
+
+
+def test_they_differ_in_the_network_and_what_is_shown_of_the_data():
+    cells = [{t: c.source for t, c in code_cells(read(model)).items()} for model in MODELS]
+    assert list(cells[0]) == list(cells[1])
+    differ = {title for title in cells[0] if cells[0][title] != cells[1][title]}
+    assert differ == {"Settings", "Download, materialize, look"}
+    settings = [c["Settings"].replace(m, "M") for c, m in zip(cells, MODELS, strict=True)]
+    assert settings[0] == settings[1]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def smoke(request, tmp_path_factory):
+    """A notebook after a run on rendered eyes: model, folder, cells by title."""
+    folder = tmp_path_factory.mktemp("laptop")
+    notebook = execute(read(request.param), folder, PUPILSEG_SMOKE="1")
+    return request.param, folder / "pupilseg_run" / f"{request.param}-1", code_cells(notebook)
+
+
+@pytest.mark.integration
+class TestSmoke:
+    def test_setup_says_what_it_found(self, smoke):
+        _, _, cells = smoke
+        assert text(cells["Packages"]) == "every package is there, nothing to install\n"
+        assert f"torch {torch.__version__}" in text(cells["GPU"])
+
+    def test_data_are_counted_and_shown(self, smoke):
+        model, results, cells = smoke
+        data = cells["Download, materialize, look"]
+        with open_shards(results.parent / "data" / "synthetic:24@1" / "shards" / "train") as shards:
+            vectors = np.array(shards["ellipse"])
+        assert "source: synthetic:24@1; preprocessing: none" in text(data)
+        pupils = np.count_nonzero(vectors[:, 2])
+        assert f"\ntrain: 19 frames, {pupils} of them with a pupil, " in text(data)
+        assert re.search(r"^validation: 5 frames, \d of them", text(data), re.MULTILINE)
+        (frames,) = pictures(data)
+        green = (frames[..., 1] > 150) & (frames[..., 2] < 120)
+        assert 200 < green.sum() < 20_000  # outlines
+        if model == "ellipse":
+            found = re.search(r"^synthetic-1-000000((?: +\d\.\d{4}){4})", text(data), re.MULTILINE)
+            assert [float(v) for v in found[1].split()] == pytest.approx(vectors[0], abs=1e-4)
+
+    def test_the_network_is_summed_up(self, smoke):
+        model, _, cells = smoke
+        count = sum(p.numel() for p in create_model(model).parameters())
+        summary = text(cells["Parameters and output shape"])
+        assert f" {count:,}  {type(create_model(model)).__name__}\n" in summary
+        assert f"input (2, 1, 400, 640) -> output {OUTPUTS[model]}\n" in summary
+
+    def test_training_is_seen_as_it_goes(self, smoke):
+        model, results, cells = smoke
+        cell = cells["Train"]
+        printed = "".join(out.text for out in cell.outputs if out.output_type == "stream")
+        assert re.search(r"\repoch 1 train: +\d+%", printed)
+        lines = re.findall(r"^epoch +(\d)/6 .* mIoU (\S+)", text(cell), re.MULTILINE)
+        assert [epoch for epoch, _ in lines] == list("123456")
+        (curves,) = pictures(cell)  # one that was drawn anew, not six
+        assert len(np.unique(curves)) > 50
+        best = max(float(iou) for _, iou in lines)
+        assert f"mIoU {best:.4f}, {results / CHECKPOINT_NAMES[model].best}\n" in text(cell)
+
+    def test_results_are_those_of_the_evaluation(self, smoke):
+        model, results, cells = smoke
+        cell = cells["Curves, predictions, scores"]
+        metrics = json.loads((results / "evaluation" / "metrics.json").read_text())
+        numbers = dict(re.findall(r"^(mIoU|IoU of \w+) +(\S+)$", text(cell), re.MULTILINE))
+        keys = {"mIoU": "miou", "IoU of background": "background_iou", "IoU of pupil": "pupil_iou"}
+        assert numbers == {title: f"{metrics[key]:.4f}" for title, key in keys.items()}
+        for what in ("center", "radius"):
+            title = {"center": "centre"}.get(what, what)
+            mean = metrics[f"{what}_error_px_mean"]
+            assert re.search(rf"^{title} error +{mean:.2f} px mean", text(cell), re.MULTILINE)
+        with (results / CHECKPOINT_NAMES[model].history).open() as file:
+            columns = next(csv.reader(file))
+        terms = [name for name in columns if name.startswith("train_") and name.endswith("loss")]
+        wanted = {
+            "efficientvit": {
+                "train_loss",
+                "train_ce_loss",
+                "train_dice_loss",
+                "train_surface_loss",
+            },
+            "ellipse": {"train_loss", "train_center_loss", "train_radius_loss"},
+        }
+        assert wanted[model] <= set(terms)
+        curves, frames = pictures(cell)
+        assert curves.shape[1] == pytest.approx(462 * len(terms), abs=2)  # 4.2 in a term, 110 dpi
+        red = (frames[..., 2] > 150) & (frames[..., 1] < 120)
+        half = frames.shape[1] // 2
+        assert (red[:, :half].sum(), red[:, half:].any()) == (0, True)
+
+    def test_segmentation_has_learnt(self, smoke):
+        model, results, _ = smoke
+        if model == "efficientvit":  # measured: 0.69 to 0.79 with three seeds
+            assert read_card(results / CHECKPOINT_NAMES[model].best)["metrics"]["valid_iou"] > 0.6
+
+    def test_the_onnx_file_works_and_is_small(self, smoke):
+        model, results, cells = smoke
+        best = results / CHECKPOINT_NAMES[model].best
+        onnx = best.with_suffix(".onnx")
+        assert onnx.name == f"best_{model}_model.onnx"
+        assert onnx.stat().st_size < MAX_BYTES
+        printed = text(cells["Export to ONNX"])
+        for file in (best, onnx):
+            assert f"{file.name}: {file.stat().st_size:,} bytes" in printed
+        parity = re.search(r"difference from torch: (\S+) of", printed).group(1)
+        assert float(parity) < 1e-4
+        assert Predictor(onnx)(np.full((400, 640), 128, np.uint8)).mask.shape == (400, 640)
+
+    def test_links_lead_to_the_files(self, smoke):
+        model, results, cells = smoke
+        html = "".join(out.data["text/html"] for out in cells["Download"].outputs)
+        for suffix in ("pt", "onnx"):
+            file = results / f"best_{model}_model.{suffix}"
+            assert f"href='{file.relative_to(results.parents[1])}'" in html
+
+
+def hub_files(folder, *, nested):
+    """Returns a data set repository's files."""
+    name = "data/{}-0.parquet" if nested else "{}/shard_00000.parquet"
+    names = {split: name.format(split) for split in ("train", "validation")}
+    frames = {"train": range(4), "validation": range(4, 6)}
+    for split, name in names.items():
+        write(folder / name, table(frames[split], nested=nested))
+    return {name: (folder / name).read_bytes() for name in names.values()}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("model", MODELS)
+def test_in_colab(model, tmp_path):
+    """Secrets, Hub, Drive and downloads; then, once, a new runtime that finds those on Drive."""
+    repository, nested = LAYOUTS[model]
+    drive, downloads = tmp_path / "drive", tmp_path / "downloads"
+    drive.mkdir()
+    downloads.mkdir()
+    files = hub_files(tmp_path / "repository", nested=nested)
+    with HubServer(repository, {"a" * 40: files}, {"main": "a" * 40}, token=TOKEN) as hub:
+        env = {
+            "PUPILSEG_SMOKE": repository,
+            "PYTHONPATH": f"{ROOT}:{COLAB}",
+            "COLAB_SECRET_HF_TOKEN": TOKEN,
+            "COLAB_DRIVE": str(drive),
+            "COLAB_DOWNLOADS": str(downloads),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "no_proxy": "*",
+        }
+        first = tmp_path / "first"
+        cells = code_cells(execute(read(model), first, HF_HOME=str(first / "hf"), **env))
+        data = text(cells["Download, materialize, look"])
+        assert f"source: {repository}@{'a' * 40}; " in data
+        assert re.search(r"^train: 4 frames, 4 .*\nvalidation: 2 frames, 2 ", data, re.MULTILINE)
+        results = first / "pupilseg_run" / f"{model}-1"
+        sent = {f"best_{model}_model.pt", f"best_{model}_model.onnx"}
+        assert {file.name for file in downloads.iterdir()} == sent
+        kept = drive / "pupilseg" / f"{model}-1"
+        assert f"results are copied to {first / 'drive'}" in text(cells["Train"])
+        for name in (*sent, CHECKPOINT_NAMES[model].state, CHECKPOINT_NAMES[model].history):
+            assert (kept / name).read_bytes() == (results / name).read_bytes()
+        for name in sent:
+            assert (downloads / name).read_bytes() == (results / name).read_bytes()
+        if model == "ellipse":
+            return
+        second = tmp_path / "second"
+        titles = ("Settings", "Packages", "GPU", "Download, materialize, look", "Train")
+        again = execute(read(model), second, *titles, HF_HOME=str(first / "hf"), **env)
+        train = text(again.cells[-1])
+    assert "files that an earlier runtime left on Drive\n" in train
+    assert not re.search(r"^epoch +\d", train, re.MULTILINE)  # all six were made already
+    wanted = re.search(r"^best: epoch .*, mIoU \S+", text(cells["Train"]), re.MULTILINE).group()
+    assert wanted in train
+
+
+@pytest.mark.integration
+def test_without_a_gpu_it_stops_and_says_what_to_click(tmp_path):
+    notebook = read("efficientvit")
+    with pytest.raises(CellExecutionError):
+        execute(notebook, tmp_path, "Settings", "Packages", "GPU", "Train", CUDA_VISIBLE_DEVICES="")
+    gpu, train = notebook.cells[2:]
+    (error,) = [out for out in gpu.outputs if out.output_type == "error"]
+    assert len(error.traceback) == 1  # a line, no traceback
+    assert error.traceback[0].startswith("error: this runtime has no GPU")
+    assert "Runtime > Change runtime type > T4 GPU" in error.traceback[0]
+    assert train.outputs == []
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_named(capsys):
+    assert choose_device(allow_cpu=False).type == "cuda"
+    assert f"GPU: {torch.cuda.get_device_name(0)}, " in capsys.readouterr().out
+
+
+@pytest.fixture
+def colab(monkeypatch, tmp_path):
+    """This process in a Colab runtime with an empty Drive."""
+    monkeypatch.syspath_prepend(str(COLAB))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    monkeypatch.setenv("COLAB_DRIVE", str(tmp_path / "my"))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("google.colab")]:
+        del sys.modules[name]
+
+
+def test_a_secret_that_is_not_there_or_not_shared_is_told(colab, monkeypatch, capsys):
+    for value in (None, "no access"):
+        if value is not None:
+            monkeypatch.setenv("COLAB_SECRET_HF_TOKEN", value)
+        assert secret("HF_TOKEN") is None
+        assert "Add new secret > HF_TOKEN" in capsys.readouterr().out
+    monkeypatch.setenv("COLAB_SECRET_HF_TOKEN", TOKEN)
+    assert secret("HF_TOKEN") == TOKEN
+    assert capsys.readouterr().out == ""
+
+
+def test_drive_gets_what_changed_and_gives_back_what_is_missing(colab, capsys):
+    folder = colab / "results"
+    (folder / "evaluation").mkdir(parents=True)
+    names = ("state.pt", "evaluation/metrics.json")
+    for name in names:
+        (folder / name).write_text("old")
+    (folder / ".hidden.part").write_text("half")
+    copy = DriveCopy(folder, wanted=True)
+    copy.update()
+    on_drive = colab / "my" / "pupilseg" / "results"
+    assert sorted(p.name for p in on_drive.rglob("*") if p.is_file()) == [
+        "metrics.json",
+        "state.pt",
+    ]
+    untouched = (on_drive / names[1]).stat().st_mtime_ns
+    (folder / names[0]).write_text("new")
+    os.utime(folder / names[0], ns=(1, 1))
+    copy.update()
+    assert (on_drive / names[0]).read_text() == "new"
+    assert (on_drive / names[1]).stat().st_mtime_ns == untouched
+    capsys.readouterr()
+
+    (folder / names[1]).unlink()
+    (folder / names[0]).write_text("newer than on Drive")
+    DriveCopy(folder, wanted=True)
+    assert "brought back 1 files" in capsys.readouterr().out
+    assert [(folder / name).read_text() for name in names] == ["newer than on Drive", "old"]
+
+    shutil.rmtree(colab / "my")  # Drive went away
+    copy.update()
+    assert capsys.readouterr().out.startswith("not copied to Drive (")
+
+
+def wheel(folder, name, version, requires=""):
+    """Writes a package with one empty module."""
+    info = f"{name}-{version}.dist-info"
+    members = {
+        f"{name}/__init__.py": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n"
+        "Tag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, content in members.items():
+            archive.writestr(path, content)
+
+
+@pytest.fixture
+def in_new_environment(tmp_path):
+    """Runs a program where this environment's packages are seen, and pip writes elsewhere."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "these.pth").write_text(sysconfig.get_path("purelib"))
+    wheel(tmp_path, "pupilseg_probe", "1.0", "Requires-Dist: numpy\n")
+    wheel(tmp_path, "pupilseg_mover", "1.0", "Requires-Dist: numpy>=99\n")
+    wheel(tmp_path, "numpy", "99.0")
+    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def run(program):
+        return subprocess.run(
+            [tmp_path / "venv" / "bin" / "python", "-c", program],
+            env={**os.environ, **env}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.integration
+def test_what_is_missing_is_installed(in_new_environment):
+    done = in_new_environment(
+        "from pupilseg.notebook.colab import install_missing as install\n"
+        "names = {'numpy': 'numpy', 'pupilseg_probe': 'pupilseg-probe'}\n"
+        "print(install(names)); import pupilseg_probe; print(install(names))"
+    )
+    assert done.stdout.splitlines() == [
+        "installing pupilseg-probe",
+        "['pupilseg-probe']",
+        "every package is there, nothing to install",
+        "[]",
+    ], done.stderr
+
+
+@pytest.mark.integration
+def test_numpy_is_never_moved(in_new_environment):
+    """Not even for a package that wants another one, which pip can get."""
+    done = in_new_environment(
+        "from pupilseg.notebook.colab import install_missing\n"
+        "from pupilseg.errors import UsageError\n"
+        "try: install_missing({'pupilseg_mover': 'pupilseg-mover'})\n"
+        "except UsageError as error: print(error)\n"
+        "import numpy; print(numpy.__version__)"
+    )
+    assert "pip cannot install pupilseg-mover beside what is there" in done.stdout, done.stderr
+    assert "numpy>=99" in done.stdout
+    assert done.stdout.splitlines()[-1] == np.__version__
+
+
+def test_the_packages_are_those_of_the_project():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    readers = {"pillow", "scikit-learn"}  # asked for by those who go on from the notebook
+    for package in set(NEEDED.values()) - readers:
+        assert re.search(rf'"{package}>=', project), package

@@ -1,0 +1,88 @@
+"""Compiling in place: no renamed weights, no trace of the trial, a way on without a compiler."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pupilseg.models.layers import TokenMixing
+from pupilseg.runtime.compilation import compile_network
+from tests.helpers.paths import ROOT
+
+OFF = {"device_type": "cpu", "enabled": False}
+PROGRAM = """
+import logging, torch
+from pupilseg.runtime.compilation import compile_network
+from pupilseg.models.layers import TokenMixing
+logging.basicConfig(format="%(message)s")
+model = TokenMixing(1)
+image = torch.rand(2, 1, 8, 8)
+done = compile_network(model, image, torch.sum, {"device_type": "cpu", "enabled": False})
+print(done, tuple(model(image).shape))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch.manual_seed(0)
+    model = TokenMixing(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    image = torch.rand(2, 2, 8, 8)
+    expected = copy.deepcopy(model)(image).detach()
+    torch._dynamo.reset()
+    counters.clear()
+    done = compile_network(model, image, torch.sum, OFF, mode="default")
+    graphs = counters["stats"]["unique_graphs"]
+    return model, before, image, expected, (done, graphs)
+
+
+def test_it_is_compiled_and_computes_the_same(compiled):
+    model, _, image, expected, found = compiled
+    assert found == (True, 1)
+    torch.testing.assert_close(model(image).detach(), expected)
+    assert counters["stats"]["unique_graphs"] == 1  # the step uses what the trial compiled
+
+
+def test_names_and_values_stay(compiled):
+    model, before, *_ = compiled
+    assert list(model.state_dict()) == list(before)  # no "_orig_mod."
+    weight = "conv.0.weight"
+    assert torch.equal(model.state_dict()[weight], before[weight])
+
+
+def test_the_trial_leaves_no_trace():
+    """Neither gradients nor batch statistics, which would make compiled runs other runs."""
+    model = TokenMixing(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compile_network(model, torch.rand(2, 1, 8, 8), torch.sum, OFF, mode="default")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
+    """A fresh process and cache: Inductor remembers compilers and kernels."""
+    environment = {
+        **os.environ,
+        "CXX": "/nowhere/g++",
+        "PATH": "/nowhere",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False (2, 1, 8, 8)\n"
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("not compiled")]
+    assert len(warnings) == 1
+    assert "install a C compiler, or give --no-compile" in warnings[0]
+    assert "Traceback" not in done.stderr

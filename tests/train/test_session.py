@@ -1,0 +1,314 @@
+"""Whole training programs: what they print, what they leave behind, what they tell MLflow."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pupilseg.cli import train as train_flags
+from pupilseg.cli.train import config_from
+from pupilseg.errors import CheckpointError
+from pupilseg.model_files.checkpoint import load_model, read_card
+from pupilseg.models import list_models
+from pupilseg.shards import write_shards
+from pupilseg.train.config import default_batch_size
+from pupilseg.train.state import notes_of
+from tests.helpers.mlflow_server import Server
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import Program
+from tests.train.test_loop import Eyes
+
+SCRIPTS = {name: f"training/train_{name}_local.py" for name in list_models()}
+SYNTHETIC = "synthetic:5@3"
+
+
+def run(*command, env=None, cwd=ROOT):
+    """Runs a program without tracking, unless `env` asks for it."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**clean, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """A data directory that a first run of a script has filled."""
+    path = tmp_path_factory.mktemp("data") / "eyes"
+    out = path.parent / "checkpoints"
+    done = run(
+        *(SCRIPTS["efficientvit_tiny"], "--data-dir", path, "--dataset", SYNTHETIC),
+        *("--output-dir", out, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
+    )
+    assert done.returncode == 0, done.stderr
+    return path, out, done
+
+
+# Scripts
+
+
+@pytest.mark.integration
+def test_the_first_run_makes_the_data_and_says_what_it_does(rendered):
+    path, out, done = rendered
+    assert (path / "shards" / "train" / "manifest.json").exists()
+    assert "train efficientvit_tiny (9,933 parameters)" in done.stderr
+    printed = next(line for line in done.stderr.splitlines() if line.startswith("configuration: "))
+    configuration = json.loads(printed.removeprefix("configuration: "))
+    best = out / "best_efficientvit_tiny_model.pt"
+    assert read_card(best)["config"] == configuration
+    assert configuration["epochs"] == 2
+    assert done.stderr.count("not tracked: ") == 1
+    assert re.search(r"^waited for data \d+\.\d % of the training steps", done.stderr, re.MULTILINE)
+    assert done.stdout.count("\nepoch ") + done.stdout.startswith("epoch ") == 2
+    assert f"best: {best} (mIoU " in done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", [n for n in list_models() if n != "efficientvit_tiny"])
+def test_a_second_run_starts_at_once_without_any_source(rendered, tmp_path, name):
+    """The raw data may be gone and the Hub out of reach; every script finds what one of them made.
+
+    What is left is what `torch.load` opens and `load_model` rebuilds.
+    """
+    path, *_ = rendered
+    done = run(
+        *(SCRIPTS[name], "--data-dir", path, "--dataset", SYNTHETIC, "--output-dir", tmp_path),
+        *("--epochs", "1", "--batch-size", "2", "--device", "cpu"),
+        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "samples in" not in done.stderr  # nothing was materialized
+    best = tmp_path / f"best_{name}_model.pt"
+    weights = torch.load(best, weights_only=True)
+    assert all(type(v) is torch.Tensor and v.is_contiguous() for v in weights.values())
+    model = load_model(best)
+    assert model.state_dict().keys() == weights.keys()
+    assert model.card["preprocessing"] == "none"
+
+
+@pytest.mark.integration
+def test_a_pipeline_stage_and_a_script_come_to_the_same_bytes(rendered, tmp_path):
+    path, out, _ = rendered
+    done = run(
+        *("-m", "pipeline.train", "--model", "efficientvit_tiny", "--shards", path / "shards"),
+        *("--out", tmp_path, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in tmp_path.iterdir())
+    for file in out.iterdir():
+        if "training_state" not in file.name:
+            assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", list_models())
+def test_a_device_that_is_not_there_is_told_before_any_data_are_fetched(tmp_path, name):
+    done = run(SCRIPTS[name], "--data-dir", tmp_path / "data", "--device", "cuda")
+    assert done.returncode == 2
+    assert "device 'cuda' is not there" in done.stderr
+    assert "--device cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_metrics_are_deferred_for_the_micro_network_on_cuda_alone(monkeypatch):
+    """And as asked where something is asked for."""
+    monkeypatch.setattr(train_flags, "find_device", lambda name: torch.device(name or "cpu"))
+    parser = argparse.ArgumentParser()
+    train_flags.add_train_arguments(parser)
+
+    def deferred(model, *flags):
+        return config_from(parser.parse_args(flags), model).defer_metrics
+
+    assert deferred("efficientvit_tiny", "--device", "cuda")
+    assert not deferred("efficientvit_tiny", "--device", "cpu")
+    assert not deferred("efficientvit", "--device", "cuda")
+    assert not deferred("efficientvit_tiny", "--device", "cuda", "--no-defer-metrics")
+    assert deferred("ellipse", "--device", "cpu", "--defer-metrics")
+
+
+def test_every_switch_of_the_fast_path_reaches_the_configuration():
+    parser = argparse.ArgumentParser()
+    train_flags.add_train_arguments(parser)
+    for name in ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last"):
+        flag = f"--no-{name.replace('_', '-')}"
+        assert not getattr(config_from(parser.parse_args([flag]), "ellipse"), name)
+        assert getattr(config_from(parser.parse_args([]), "ellipse"), name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ([], "cpu", (4, 0.01)),
+        ([], "cuda", (32, 0.01 * 8**0.5)),
+        (["--batch-size", "16"], "cpu", (16, 0.02)),
+        (["--batch-size", "16", "--lr", "0.5"], "cuda", (16, 0.5)),
+    ],
+    ids=str,
+)
+def test_batch_and_rate_suit_the_device_and_each_other(monkeypatch, flags, device, expected):
+    monkeypatch.setattr(train_flags, "find_device", lambda _name: torch.device(device))
+    parser = argparse.ArgumentParser()
+    train_flags.add_train_arguments(parser)
+    config = config_from(parser.parse_args(flags), "efficientvit")
+    assert (config.batch_size, config.lr) == pytest.approx(expected)
+
+
+def test_few_frames_make_small_batches_that_all_processes_can_share():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert default_batch_size(cuda, 8916) == 32
+    assert default_batch_size(cuda, 19) == 2
+    assert default_batch_size(cpu, 19) == 2
+    assert default_batch_size(cpu, 3) == 1
+    assert default_batch_size(cpu, 3, processes=2) == 2
+    assert default_batch_size(cuda, 8916, processes=3) == 30
+
+
+# Tracking
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shards")
+    eyes = Eyes(train=4, validation=3)
+    for split in ("train", "validation"):
+        write_shards(eyes, split, path / split)
+    return path
+
+
+def train_line(shards, out, *flags, model="efficientvit"):
+    return [
+        *("-m", "pipeline.train", "--model", model, "--shards", str(shards), "--out", str(out)),
+        *("--batch-size", "2", "--device", "cpu", *flags),
+    ]
+
+
+def environment(server, experiment):
+    return {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_ID": experiment}
+
+
+def client_of(server):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=server.uri)
+
+
+def only_run(client, experiment):
+    (found,) = client.search_runs([experiment])
+    return client.get_run(found.info.run_id)
+
+
+def artifacts(client, run_id, folder=None):
+    return {item.path for item in client.list_artifacts(run_id, folder)}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("defer", [False, True], ids=["as they come", "deferred"])
+def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, defer):
+    client = client_of(server)
+    experiment = client.create_experiment(f"whole run {defer}")
+    out = tmp_path / "out"
+    flags = ["--epochs", "3", *(["--defer-metrics"] if defer else [])]
+    done = run(*train_line(shards, out, *flags), env=environment(server, experiment))
+    assert done.returncode == 0, done.stderr
+    assert "tracked by MLflow" in done.stderr
+    found = only_run(client, experiment)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["model_type"] == "TinyEfficientViT"
+    assert found.data.tags["architecture"] == "TinyEfficientViTSeg"
+    params = found.data.params
+    assert float(params["lr"]) == pytest.approx(0.01 * (2 / 4) ** 0.5)
+    assert params["augment.flip"] == "0.5"
+    assert params["data"] == "fake"
+    assert params["train_frames"] == "4"
+    assert len(params["data_digest"]) == 64
+    terms = ("loss", "iou", "pupil_iou", "ce_loss", "dice_loss", "surface_loss")
+    names = [f"{split}_{term}" for split in ("train", "valid") for term in terms]
+    for name in [*names, "lr", "alpha"]:
+        history = client.get_metric_history(found.info.run_id, name)
+        assert [point.step for point in history] == [1, 2, 3], name
+    there = artifacts(client, found.info.run_id)
+    assert there == {
+        *("checkpoints", "curves.png", "predictions.png"),
+        *("best_efficientvit_model.onnx", "efficientvit_history.csv"),
+    }
+    checkpoints = artifacts(client, found.info.run_id, "checkpoints")
+    assert "checkpoints/best_efficientvit_model.pt" in checkpoints
+    numbered = {f"checkpoints/{p.name}" for p in out.glob("efficientvit_epoch*.pt")}
+    assert numbered
+    assert checkpoints == numbered | {"checkpoints/best_efficientvit_model.pt"}
+    best = client.download_artifacts(
+        found.info.run_id, "checkpoints/best_efficientvit_model.pt", str(tmp_path)
+    )
+    assert Path(best).read_bytes() == (out / "best_efficientvit_model.pt").read_bytes()
+    assert notes_of(out / "efficientvit_training_state.pt") == {"mlflow_run": found.info.run_id}
+    assert not list(out.glob("*_mlflow.jsonl"))  # all is confirmed
+
+
+@pytest.mark.integration
+def test_a_killed_run_goes_on_in_the_same_mlflow_run(server, shards, tmp_path):
+    client = client_of(server)
+    experiment = client.create_experiment("killed")
+    out, model = tmp_path / "out", "efficientvit_tiny"
+    line = train_line(shards, out, "--epochs", "6", model=model)
+    env = {**os.environ, **environment(server, experiment)}
+    with Program([sys.executable, *line], ROOT, env) as program:
+        program.wait_for("epoch   2/")
+        program.kill_all()
+    done = run(*line, "--resume", env=environment(server, experiment))
+    assert done.returncode == 0, done.stderr
+    found = only_run(client, experiment)
+    assert found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, "valid_iou")
+    assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.integration
+def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(shards, tmp_path):
+    """The run ends as if nothing were; one command sends what was missed."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder)
+    server.start()
+    try:
+        experiment = client_of(server).create_experiment("dies")
+        out, model = tmp_path / "out", "efficientvit_tiny"
+        line = train_line(shards, out, "--epochs", "14", model=model)
+        env = {**os.environ, **environment(server, experiment)}
+        with Program([sys.executable, *line], ROOT, env) as program:
+            program.wait_for("epoch   2/")
+            server.kill()
+            code, text = program.end(timeout_s=300)
+        assert code == 0, text
+        assert "best: " in text
+        assert text.count("training does not wait for it") == 1, text
+        assert f"pupilseg upload-run {out}" in text
+        assert (out / f"best_{model}_model.pt").exists()
+        server.start()
+        sent = run("-m", "pupilseg.cli.main", "upload-run", out)
+        assert sent.returncode == 0, sent.stderr
+        client = client_of(server)
+        found = only_run(client, experiment)
+        assert found.info.status == "FINISHED"
+        history = client.get_metric_history(found.info.run_id, "valid_iou")
+        assert [point.step for point in history] == list(range(1, 15))
+        assert "curves.png" in artifacts(client, found.info.run_id)
+    finally:
+        server.kill()
+
+
+def test_a_damaged_state_is_told_before_anything_is_tracked(tmp_path):
+    state = tmp_path / "efficientvit_training_state.pt"
+    state.write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match="damaged"):
+        notes_of(state)
