@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from benchmarks.loader import device_speeds
 from pupilseg.errors import DataError, UsageError
+from pupilseg.loader import feed_choice, feeds
 from pupilseg.loader.decode import DECODED, layout_of
-from pupilseg.loader.loader import Batch, Loader, epoch_order, feed_choice, feeds, make_loader
+from pupilseg.loader.loader import Batch, Loader, epoch_order, make_loader
 from pupilseg.runtime.prefetch import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
 from pupilseg.shards.format import stored_fields
