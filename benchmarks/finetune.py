@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.machine import machine_line
 from benchmarks.score_table import print_head, print_row
-from pupilseg.cli.program import positive_int, run
+from pupilseg.cli.program import main_program, positive_int
 from pupilseg.evaluate.evaluation import evaluate_model
 from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, load_tensors, read_card, save_model
 from pupilseg.models import list_models
@@ -82,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

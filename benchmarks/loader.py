@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.machine import machine_line
 from benchmarks.peers import PEERS, earlier, ffcv
-from pupilseg.cli.program import positive_int, run
+from pupilseg.cli.program import main_program, positive_int
 from pupilseg.loader.decode import DECODED, layout_of
 from pupilseg.loader.loader import make_loader
 from pupilseg.prepare import ensure_shards
@@ -305,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

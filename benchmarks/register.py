@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine_line
-from pupilseg.cli.program import positive_int, run
+from pupilseg.cli.program import main_program, positive_int
 from pupilseg.errors import UsageError
 from pupilseg.loader.decode import DECODED, WEIGHT_VALUE, gather_row, layout_of
 from pupilseg.runtime.device import find_device
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

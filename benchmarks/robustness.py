@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.machine import machine_line
 from benchmarks.score_table import print_head, print_row
-from pupilseg.cli.program import positive_int, run
+from pupilseg.cli.program import main_program, positive_int
 from pupilseg.evaluate.scoring import centroid, score_frames, summarise
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.predict.predictor import Predictor
@@ -118,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

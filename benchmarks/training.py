@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.machine import machine_line
 from pupilseg.augment import augment
-from pupilseg.cli.program import positive_int, run
+from pupilseg.cli.program import main_program, positive_int
 from pupilseg.loader.loader import Batch, make_loader
 from pupilseg.models import list_models
 from pupilseg.prepare import ensure_shards
@@ -200,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

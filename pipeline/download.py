@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.files import read_json
 from pupilseg.sources import FORMS, SourceOptions, download
 
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

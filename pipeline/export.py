@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.export.onnx import export_onnx
 
 
@@ -35,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.prepare import write_splits
 from pupilseg.preprocess import NONE, PREPROCESSINGS
 from pupilseg.shards.writer import MOST_FILES, ROWS_PER_SHARD
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

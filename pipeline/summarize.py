@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.errors import DataError
 from pupilseg.files import read_json
 
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

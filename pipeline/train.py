@@ -9,7 +9,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.cli.train import add_train_arguments, train_as_asked
 from pupilseg.models import list_models, model_entry
 
@@ -31,4 +31,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    main_program(main)

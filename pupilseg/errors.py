@@ -1,7 +1,7 @@
 """Errors that a user can cause, and the exit code each ends a program with.
 
 A message says what was wrong, the value, what was expected, and the command that mends it.
-Programs print it without a traceback (`pupilseg.cli.program.run`); library users catch
+Programs print it without a traceback (`pupilseg.cli.program.main_program`); library users catch
 one base class.
 """
 

@@ -5,7 +5,7 @@ python training/train_efficientvit_tiny_local.py --data-dir ~/.cache/openeds [--
 
 from local import main
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 
 if __name__ == "__main__":
-    run(lambda: main("efficientvit_tiny"))
+    main_program(lambda: main("efficientvit_tiny"))

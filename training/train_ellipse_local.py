@@ -5,7 +5,7 @@ python training/train_ellipse_local.py --data-dir ~/.cache/openeds [--dataset SR
 
 from local import main
 
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 
 if __name__ == "__main__":
-    run(lambda: main("ellipse"))
+    main_program(lambda: main("ellipse"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pupilseg import __version__
 from pupilseg.cli.predict import add_predict_commands
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.cli.shards import add_shards_command
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         be met; 130 interrupted.
     """
     try:
-        run(lambda: _command(argv))
-    except SystemExit as end:  # how `run` and argparse hand over the code
+        main_program(lambda: _command(argv))
+    except SystemExit as end:  # how `main_program` and argparse hand over the code
         return int(end.code or 0)
 
 

@@ -26,7 +26,7 @@ _EXTRA_OF = {"pyarrow": "data", "torch": "train"}
 """What brings the packages that large parts of the library cannot do without."""
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def main_program(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program's main function and ends the process with its exit code.
 
     What the library logs goes to stderr, one plain line each. An error that the user can mend is

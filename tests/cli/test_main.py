@@ -26,7 +26,7 @@ from tests.helpers.paths import ROOT
 
 @pytest.fixture(autouse=True)
 def logger_as_it_was():
-    """`program.run` gives the package's logger a handler; other tests read the log themselves."""
+    """`main_program` gives the package's logger a handler; other tests read the log themselves."""
     logger = logging.getLogger("pupilseg")
     before = logger.handlers[:], logger.propagate, logger.level
     logger.handlers = []

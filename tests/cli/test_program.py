@@ -13,11 +13,11 @@ from tests.helpers.paths import ROOT
 
 SCRIPT = """
 import sys, os, errno
-from pupilseg.cli.program import run
+from pupilseg.cli.program import main_program
 from pupilseg.errors import *
 def main():
     {}
-run(main)
+main_program(main)
 """
 
 
