@@ -12,7 +12,7 @@ from pupilseg.synthetic import render
 from tests.helpers.checkout import copy_checkout
 from tests.helpers.paths import ROOT
 
-BROUGHT = {"numpy", "opencv-python", "onnxruntime", "tqdm"}
+BROUGHT = {"jinja2", "numpy", "opencv-python", "onnxruntime", "tqdm"}
 """What `pip install pupilseg[predict]` brings."""
 FIRST = """
 import importlib.abc, sys
@@ -31,7 +31,7 @@ def names_of(requirements):
     return {text.split(">")[0].split("[")[0] for text in requirements}
 
 
-def test_predicting_asks_for_four_packages():
+def test_predicting_asks_for_five_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = project["dependencies"] + project["optional-dependencies"]["predict"]
     assert names_of(asked) == BROUGHT

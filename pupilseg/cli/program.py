@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_EXTRA_OF = {"pyarrow": "data", "torch": "train"}
+_EXTRA_OF = {"jinja2": "predict", "pyarrow": "data", "torch": "train"}
 """What brings the packages that large parts of the library cannot do without."""
 
 

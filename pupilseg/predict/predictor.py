@@ -26,7 +26,7 @@ from pupilseg.predict.postprocess import (
     sub_pixel_ellipse,
 )
 from pupilseg.preprocess import get_preprocessing
-from pupilseg.runtime.streams import ahead
+from pupilseg.runtime.threads import in_background
 from pupilseg.weights import model_path
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Predictor:
             ValueError: a frame has another dtype or shape.
         """
         found = (self(frame) for frame in frames)
-        return ahead(found, slots) if slots else found
+        return in_background(found, slots) if slots else found
 
     def _predict(
         self, output: NDArray[np.float32], image: NDArray[np.uint8], box: Letterbox

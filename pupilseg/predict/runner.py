@@ -23,7 +23,7 @@ from pupilseg.predict.inputs import find_sources
 from pupilseg.predict.journal import COLUMNS, MM_COLUMN, Journal, row
 from pupilseg.predict.video import Frame, Video, VideoFile, announced_frames
 from pupilseg.runtime.progress import progress_bar
-from pupilseg.runtime.streams import ahead
+from pupilseg.runtime.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -159,7 +159,7 @@ def predict_paths(
         todo = [source for source in sources if not journal.is_done(source)]
         done.skipped = len(sources) - len(todo)
         writer = _Writer(out, options, journal, done)
-        step = ahead if options.threads else iter
+        step = in_background if options.threads else iter
         found = step(_predict(predictor, step(_read(todo, stop)), options.roi))
         bar = progress_bar(None, "predict", unit="frame")
         if not bar.disable:

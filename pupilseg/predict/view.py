@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from pupilseg.errors import DataError
 from pupilseg.files import write_text
+from pupilseg.pages import data_uri, render_page
 from pupilseg.pictures import encode
 from pupilseg.predict.journal import COLUMNS, CSV_NAME, source_names
 from pupilseg.predict.runner import OVERLAYS
@@ -58,7 +57,7 @@ def write_view(directory: Path, *, pictures: int = 400) -> Path:
     total = 0
     for number in order:
         if number in drawn and total + len(drawn[number]) <= MOST_BYTES:
-            kept[number] = f"data:image/jpeg;base64,{drawn[number]}"
+            kept[number] = drawn[number]
             total += len(drawn[number])
     missing = "" if len(kept) == len(rows) else ", doubtful ones and some from all over"
     data = {
@@ -73,10 +72,8 @@ def write_view(directory: Path, *, pictures: int = 400) -> Path:
         "sources": files,
         "pictures": kept,
     }
-    # Nothing in a script element may end it, whatever a file is called.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = directory / PAGE_NAME
-    write_text(page, _TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", text))
+    write_text(page, render_page(_TEMPLATE, data=data))
     return page
 
 
@@ -149,4 +146,4 @@ def _encoded(picture: NDArray[np.uint8]) -> str:
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
-    return base64.b64encode(encode(picture, ".jpg")).decode("ascii")
+    return data_uri(encode(picture, ".jpg"), "jpeg")
