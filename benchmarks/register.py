@@ -30,8 +30,9 @@ from pupilseg.cli.program import main_program, positive_int
 from pupilseg.errors import UsageError
 from pupilseg.loader.decode import DECODED, WEIGHT_VALUE, gather_row, layout_of
 from pupilseg.runtime.device import find_device
-from pupilseg.runtime.row_threads import RowThreads
+from pupilseg.runtime.threads import RowPool
 from pupilseg.shards import open_shards
+from pupilseg.shards.codec import FrameDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,11 +88,11 @@ def compare(shards: ShardSet, mapping: mmap.mmap, batch_size: int, batches: int)
                 for name, column in host.items():
                     there[name][place].copy_(column[row], non_blocking=True)
 
-    with RowThreads(4) as threads:
+    with RowPool(FrameDecoder, 4, "gather") as pool:
 
         def gathered() -> None:
             for rows in order:
-                threads.run(partial(gather_row, layout, shards, rows, slot), batch_size)
+                pool.run(partial(gather_row, layout, shards, rows, slot), batch_size)
                 for name, tensor in there.items():
                     tensor.copy_(slot[name], non_blocking=True)
                 torch.cuda.synchronize()  # one slot: it may not be written to while it is read

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pupilseg.loader.decode import BatchDecoder, gather_row, layout_of
-from pupilseg.loader.feeds import ReadAhead
-from pupilseg.runtime.prefetch import prefetch
-from pupilseg.runtime.row_threads import RowThreads
+from pupilseg.loader.feeds import THREAD_NAME, ReadAhead
+from pupilseg.runtime.threads import RowPool, prefetch
+from pupilseg.shards.codec import FrameDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -63,7 +63,7 @@ class StreamFeed:
         self._shards, self._device = shards, device
         self._layout = layout_of(shards, columns)
         self._decode = BatchDecoder(self._layout, device, label_dtype, compiled_rows)
-        self._threads = RowThreads(max(1, threads))
+        self._pool = RowPool(FrameDecoder, max(1, threads), THREAD_NAME)
         self._read_ahead = ReadAhead(shards, self._layout)
         cpu = torch.device("cpu")
         # Made once: a stream an epoch would keep the memory of dead streams (timm#2784).
@@ -79,7 +79,7 @@ class StreamFeed:
 
     def batches(self, plan: Plan) -> Generator[dict[str, Tensor]]:
         """Yields the batches; nothing here waits for the device."""
-        with self._threads, closing(prefetch(self._fill, plan, _SLOTS)) as filled:
+        with self._pool, closing(prefetch(self._fill, plan, _SLOTS)) as filled:
             for slot, rows in filled:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(self._copied[slot])
@@ -95,7 +95,7 @@ class StreamFeed:
         pinned, packed = self._pinned[slot], self._packed[slot]
         self._read_ahead(indices)
         work = partial(gather_row, self._layout, self._shards, indices, pinned)
-        self._threads.run(work, len(indices), stop)
+        self._pool.run(work, len(indices), stop)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(self._consumed[slot])
             for name, tensor in packed.items():

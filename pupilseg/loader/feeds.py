@@ -16,8 +16,8 @@ from pupilseg.errors import DataError
 from pupilseg.loader.decode import BatchDecoder, gather_row, layout_of
 from pupilseg.runtime.device import on_device
 from pupilseg.runtime.memory import host_memory
-from pupilseg.runtime.prefetch import prefetch
-from pupilseg.runtime.row_threads import RowThreads
+from pupilseg.runtime.threads import RowPool, prefetch
+from pupilseg.shards.codec import FrameDecoder
 from pupilseg.shards.format import COLUMNS, RAW, U2
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pupilseg.loader.decode import Layout
-    from pupilseg.shards.codec import FrameDecoder
     from pupilseg.shards.reader import ShardSet
 
     Plan = Sequence[NDArray[np.int64]]
+
+
+THREAD_NAME = "pupilseg-loader"
 
 
 class Feed(Protocol):
@@ -108,7 +110,7 @@ class CpuFeed:
         self._shards, self._columns = shards, columns
         self._batch_size, self._label_dtype = batch_size, label_dtype
         self._ring, self._ahead, self._device = ring, threads > 0, device
-        self._threads = RowThreads(max(1, threads))
+        self._pool = RowPool(FrameDecoder, max(1, threads), THREAD_NAME)
         self._read_ahead = ReadAhead(shards, layout_of(shards, columns))
         self._slots: list[dict[str, Tensor]] = []
 
@@ -116,7 +118,7 @@ class CpuFeed:
         """Yields the batches; a view of a slot each."""
         while len(self._slots) < self._ring:
             self._slots.append(self._new_slot())
-        with self._threads:
+        with self._pool:
             if self._ahead:
                 with closing(prefetch(self._fill, plan, self._ring)) as filled:
                     for batch in filled:
@@ -145,7 +147,7 @@ class CpuFeed:
             out = {name: array[row] for name, array in arrays.items()}
             self._decode(int(indices[row]), out, decoder)
 
-        self._threads.run(work, len(indices), stop)
+        self._pool.run(work, len(indices), stop)
         return batch
 
     def _decode(self, index: int, out: dict[str, NDArray[Any]], decoder: FrameDecoder) -> None:
@@ -220,7 +222,7 @@ class ResidentFeed:
         # Torch may not see the mapping itself: it has no read-only tensors.
         staging = layout.empty(rows, torch.device("cpu"), pinned=device.type == "cuda")
         read_ahead = ReadAhead(shards, layout)
-        with RowThreads(max(1, threads)) as readers:
+        with RowPool(FrameDecoder, max(1, threads), THREAD_NAME) as readers:
             for start in range(0, samples, rows):
                 indices = range(start, min(start + rows, samples))
                 read_ahead(indices)

@@ -8,8 +8,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from pupilseg.loader.decode import DECODED, BatchDecoder, gather_row, layout_of
-from pupilseg.runtime.row_threads import RowThreads
+from pupilseg.runtime.threads import RowPool
 from pupilseg.shards import open_shards, write_shards
+from pupilseg.shards.codec import FrameDecoder
 from pupilseg.shards.format import U2
 from tests.helpers.fakes import FakeDataset
 
@@ -33,8 +34,8 @@ def shards(request, tmp_path_factory):
 def gathered(shards, layout, indices):
     """Returns the stored fields of samples, in torch."""
     packed = layout.empty(len(indices), CPU)
-    with RowThreads(1) as threads:
-        threads.run(
+    with RowPool(FrameDecoder, 1, "gather") as pool:
+        pool.run(
             lambda row, decoder: gather_row(layout, shards, indices, packed, row, decoder),
             len(indices),
         )

@@ -23,8 +23,9 @@ from benchmarks.loader import device_speeds
 from pupilseg.errors import DataError, UsageError
 from pupilseg.loader import feed_choice, feeds
 from pupilseg.loader.decode import DECODED, layout_of
+from pupilseg.loader.feeds import THREAD_NAME as POOL_NAME
 from pupilseg.loader.loader import Batch, Loader, epoch_order, make_loader
-from pupilseg.runtime.prefetch import THREAD_NAME
+from pupilseg.runtime.threads import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
 from pupilseg.shards.format import stored_fields
 from pupilseg.shards.mapped import Shard
@@ -68,7 +69,7 @@ def loader_threads():
     """Those alive after a moment in which idle ones may end."""
     deadline = time.monotonic() + 5
     while True:
-        alive = [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
+        alive = [t for t in threading.enumerate() if t.name.startswith((THREAD_NAME, POOL_NAME))]
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.001)
@@ -485,7 +486,7 @@ def test_an_iteration_does_not_go_on_in_a_fork_and_a_new_one_does(few):
         next(iterator)
         worker = context.Process(target=go_on_in_worker, args=(loader, iterator, queue))
         worker.start()
-        assert "start a new iteration after the fork" in queue.get(timeout=60)
+        assert "create a new iterator after forking" in queue.get(timeout=60)
         assert queue.get(timeout=60) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
         worker.join()
         assert worker.exitcode == 0
