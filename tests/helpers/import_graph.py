@@ -1,4 +1,4 @@
-"""Which modules a file of the project imports, read from its source."""
+"""Finds the imports of the project's files in their source."""
 
 import ast
 
@@ -16,11 +16,11 @@ def is_type_checking(node):
 
 
 def imports(path, *, lazy=True):
-    """Returns the modules that a file imports when it runs, `from a import b` as a.b and a.
+    """Returns the modules that a file imports at run time; `from a import b` counts as a and a.b.
 
     Args:
         path: the file.
-        lazy: count imports inside functions too.
+        lazy: include imports inside functions.
     """
     found = set()
 
@@ -42,15 +42,18 @@ def imports(path, *, lazy=True):
 
 
 def imported_files(script, *, without=()):
-    """Returns the library's files that a script imports, directly or not, and the script itself.
+    """Returns a script and the library files that it imports, directly or indirectly.
 
-    With a module come the packages above it, whose `__init__` runs first. Files named in `without`
-    are left out, and what only they import.
+    Importing a module also runs the `__init__` of each package above it, so these are included.
+
+    Args:
+        script: path relative to the root.
+        without: files, or folders that end in "/", to leave out together with their own imports.
     """
     seen, todo = set(), [ROOT / script]
     while todo:
         file = todo.pop()
-        if file in seen or str(file.relative_to(ROOT)) in without:
+        if file in seen or is_under(str(file.relative_to(ROOT)), without):
             continue
         seen.add(file)
         for module in imports(file):
@@ -61,3 +64,8 @@ def imported_files(script, *, without=()):
                 base = ROOT.joinpath(*parts[:end])
                 todo += [f for f in (base.with_suffix(".py"), base / "__init__.py") if f.is_file()]
     return {str(file.relative_to(ROOT)) for file in seen}
+
+
+def is_under(file, paths):
+    """Returns whether a file is one of `paths`, or lies in one that is a folder ("name/")."""
+    return any(file == path or (path.endswith("/") and file.startswith(path)) for path in paths)
