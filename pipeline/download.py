@@ -58,7 +58,7 @@ def main() -> None:
     args = parse_args()
     options = SourceOptions(**{f.name: getattr(args, f.name) for f in fields(SourceOptions)})
     path = download(args.source, args.out, revision=args.revision, options=options)
-    manifest = read_json(path, mend=f"remove {path} and run again")
+    manifest = read_json(path, hint=f"remove {path} and run again")
     counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
     print(f"{manifest['source']}: {counts} ({manifest['split_rule']}); recorded in {path}")
 

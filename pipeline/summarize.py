@@ -27,7 +27,7 @@ def main() -> None:
         )
     print(f"\n{'network':<18} {'frames':>6} {'mIoU':>7} {'pupil IoU':>10} {'centre px':>10}")
     for path in found:
-        metrics = read_json(path, mend="run `dvc repro` again")
+        metrics = read_json(path, hint="run `dvc repro` again")
         center = metrics["center_error_px_mean"]
         print(
             f"{path.parent.name:<18} {metrics['frames']:>6} {metrics['miou']:>7.4f} "

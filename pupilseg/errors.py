@@ -1,37 +1,37 @@
-"""Errors that a user can cause, and the exit code each ends a program with.
+"""Errors that a user can cause, and the exit code for each.
 
-A message says what was wrong, the value, what was expected, and the command that mends it.
-Programs print it without a traceback (`pupilseg.cli.program.main_program`); library users catch
-one base class.
+A message says what was wrong, the value, what was expected, and the command that fixes it. Programs
+print it without a traceback (`pupilseg.cli.program.main_program`); library users catch the base
+class, `PupilSegError`.
 """
 
 
 class PupilSegError(Exception):
-    """Base of every error that a user's data, files or network can cause."""
+    """Base of every error caused by a user's data, files or network."""
 
     exit_code = 1
 
     def _render_traceback_(self) -> list[str]:
-        """Returns what a notebook shows instead of a traceback (IPython asks for this name)."""
+        """Returns the lines that a notebook shows instead of a traceback (an IPython hook)."""
         return [f"error: {self}"]
 
 
 class UsageError(PupilSegError):
-    """A request that cannot be met as it stands: an unknown name, a device that is not there."""
+    """An invalid request, such as an unknown name or a device that does not exist."""
 
     exit_code = 2
 
 
 class DataError(PupilSegError):
-    """A source, a shard or a sample that does not hold what it must."""
+    """A source, a shard or a sample with invalid content."""
 
 
 class DownloadError(PupilSegError):
-    """The Hub, or the network on the way to it, did not deliver."""
+    """A failed download from the Hugging Face Hub."""
 
 
 class CheckpointError(PupilSegError):
-    """A checkpoint or model file that is damaged, foreign, or of another network."""
+    """A model file or training state that is damaged, or does not fit the network or the run."""
 
 
 class OutputError(PupilSegError):
@@ -39,8 +39,8 @@ class OutputError(PupilSegError):
 
 
 class LockedError(PupilSegError):
-    """A directory that another process of this library is writing to."""
+    """A directory or file that another process is writing to."""
 
 
 class ParallelError(PupilSegError):
-    """Another process of a parallel job ended, or does not answer."""
+    """Another process of a parallel job ended or does not respond."""

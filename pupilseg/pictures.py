@@ -66,13 +66,20 @@ def encode(image: NDArray[np.uint8], suffix: str) -> bytes:
     return encoded.tobytes()
 
 
-def write_image(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
+def write_image(
+    path: str | os.PathLike[str], image: NDArray[np.uint8], *, flush: bool = True
+) -> None:
     """Writes an image atomically, in the format of its suffix.
+
+    Args:
+        path: ends in one of `SUFFIXES`.
+        image: uint8 (H, W), or (H, W, 3) in BGR order.
+        flush: as `files.atomic_path`.
 
     Raises:
         OutputError: it cannot be written.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, flush=flush) as temporary:
         temporary.write_bytes(encode(image, str(path)[-4:]))
 
 

@@ -91,7 +91,7 @@ def shard_jobs(
         PupilSegError: as `open_dataset` and `make_job`.
     """
     dataset = open_dataset(raw_dir)
-    recorded = read_json(Path(raw_dir) / RECORD, mend="download the source again")
+    recorded = read_json(Path(raw_dir) / RECORD, hint="download the source again")
     return {
         split: make_job(
             dataset,
@@ -167,7 +167,7 @@ def ensure_shards(
             max_bad=max_bad,
             progress=progress,
         )
-        recorded = read_json(raw / RECORD, mend="run the same command again")
+        recorded = read_json(raw / RECORD, hint="run the same command again")
         record = {
             "source": recorded["source"],
             "request": recorded["request"],
@@ -191,7 +191,7 @@ def _complete(
     path = shards / RECORD
     if not path.is_file():
         return False
-    record = read_json(path, mend=mend)
+    record = read_json(path, hint=mend)
     try:
         differs = _difference(record, text, revision, wanted)
     except (KeyError, TypeError) as error:

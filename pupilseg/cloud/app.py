@@ -40,7 +40,7 @@ PYTHON = "3.11"
 SYSTEM_LIBRARIES = ("libgl1", "libglib2.0-0")
 """What the wheel of OpenCV links to and a slim image lacks."""
 PACKAGES = (
-    *("numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML"),
+    *("filelock", "numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML"),
     *("torch", "safetensors", "huggingface_hub", "mlflow", "matplotlib"),
     *("onnx", "onnxscript", "onnxruntime"),
 )

@@ -271,7 +271,7 @@ class _Writer:
             self._draw(overlay(image, prediction))
         if self._options.masks:
             name = f"{source.name}/{number:06d}" if source.is_video else source.name
-            write_image(self._out / "masks" / f"{name}.png", prediction.mask * 255)
+            write_image(self._out / "masks" / f"{name}.png", prediction.mask * 255, flush=False)
         return 1
 
     def _draw(self, picture: NDArray[np.uint8]) -> None:
@@ -280,7 +280,7 @@ class _Writer:
         source = self._start.source
         below = self._out / OVERLAYS
         if not source.is_video:
-            write_image(below / f"{source.name}.jpg", picture)
+            write_image(below / f"{source.name}.jpg", picture, flush=False)
             return
         if self._video is None:
             self._video = VideoFile(below / f"{source.name}.mp4", self._start.fps)

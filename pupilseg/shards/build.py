@@ -130,7 +130,7 @@ def _finished(path: Path, record_path: Path, job: Job) -> dict[str, Any] | None:
     if not (path.is_file() and record_path.is_file()):
         return None
     try:
-        record = read_json(record_path, mend="it is made again")
+        record = read_json(record_path, hint="it is made again")
     except DataError:
         return None
     # max_bad is not part of `about`, so the record's own bad samples are counted again.

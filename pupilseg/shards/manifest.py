@@ -38,7 +38,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         unfinished = any(directory.glob("shard-*.arrow")) if directory.is_dir() else False
         what = "is unfinished: it has no" if unfinished else "has no"
         raise DataError(f"{directory} {what} {MANIFEST}; make it with: {MATERIALIZE}")
-    manifest = read_json(path, mend=rebuild(path))
+    manifest = read_json(path, hint=rebuild(path))
     if manifest.get("format") != FORMAT:
         raise DataError(
             f"{path} is not a shard manifest: format is {manifest.get('format')!r}, "

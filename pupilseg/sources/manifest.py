@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Returns the manifest if it is of this format."""
     parent = path.parent
     mend = f"put a source in place: python -m pipeline.download --source SOURCE --out {parent}"
-    manifest = read_json(path, mend=f"remove it if it is there, and {mend}")
+    manifest = read_json(path, hint=f"remove it if it is there, and {mend}")
     if manifest.get("format") != FORMAT:
         raise DataError(
             f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}; "
