@@ -49,7 +49,7 @@ lint: $(READY) ## fix formatting, import order and what else ruff can
 	codespell
 
 docs: $(READY) ## build the documentation site in site/, without network
-	mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 bench: $(READY) ## measure speed and accuracy; prints tables with the machine and versions
 	python -m benchmarks.networks
