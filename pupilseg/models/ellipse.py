@@ -89,10 +89,10 @@ class EllipseRegressionNet(nn.Module):
         the map comes along, as `EllipseOutput`.
         """
         cover = self.score(self.decoder(self.encoder(image)))[:, 0].float()  # (N, 100, 160)
-        ellipse = self._moments(torch.sigmoid(cover))
+        ellipse = self.moments(torch.sigmoid(cover))
         return EllipseOutput(ellipse, cover) if self.training or self.with_map else ellipse
 
-    def _moments(self, share: Tensor) -> Tensor:
+    def moments(self, share: Tensor) -> Tensor:
         """Returns the ellipses (N, 4) with the moments of shares (N, 100, 160) in [0, 1].
 
         fp32 and no matmul, which autocast would take in half precision: 640 px then have steps of

@@ -1,0 +1,91 @@
+"""The fused form computes what the network computes, in the layout that the runtime likes."""
+
+import pytest
+import torch
+
+from pupilseg import create_model
+from pupilseg.export.fused import BLOCK, FusedNetwork, is_fusible
+
+TOLERANCE = 5e-6
+"""Rounding of float32: up to 3.4e-6 of the largest output was measured with released weights."""
+
+
+def trained(name, **overrides):
+    """Returns a network in evaluation mode whose norms and biases are not at their defaults."""
+    torch.manual_seed(0)
+    model = create_model(name, **overrides)
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.weight.data.uniform_(0.5, 1.5)
+            part.bias.data.uniform_(-0.3, 0.3)
+            part.running_mean.uniform_(-0.3, 0.3)
+            part.running_var.uniform_(0.5, 2.0)
+        if hasattr(part, "rows") and hasattr(part, "columns") and hasattr(part, "window_size"):
+            part.rows.data.normal_()
+            part.columns.data.normal_()
+    return model.eval()
+
+
+def images(frames=2):
+    """Returns gray patches, uint8; white noise would average out."""
+    random = torch.Generator().manual_seed(1)
+    coarse = torch.randint(0, 256, (frames, 1, 10, 16), generator=random, dtype=torch.uint8)
+    return coarse.repeat_interleave(40, 2).repeat_interleave(40, 3)
+
+
+@pytest.mark.parametrize("name", ["efficientvit", "efficientvit_tiny", "efficientvit_base"])
+@torch.no_grad()
+def test_the_fused_network_gives_the_same_logits(name):
+    model, frames = trained(name), images()
+    expected = model((frames.float() / 255 - 0.5) / 0.5)
+    found = FusedNetwork(model).eval()(frames)
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_fused_network_gives_the_same_ellipse():
+    model, frames = trained("ellipse"), images()
+    expected = model((frames.float() / 255 - 0.5) / 0.5)
+    assert (FusedNetwork(model).eval()(frames) - expected).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def test_every_pixel_of_the_border_is_the_same():
+    """The stem's pairs of columns and the folded scale change the padding's arithmetic."""
+    model = trained("efficientvit")
+    frames = torch.full((1, 1, 400, 640), 255, dtype=torch.uint8)
+    expected = model(torch.ones(1, 1, 400, 640))
+    difference = (FusedNetwork(model).eval()(frames) - expected).abs()
+    worst = TOLERANCE * expected.abs().max()
+    for edge in (
+        difference[..., 0, :],
+        difference[..., -1, :],
+        difference[..., 0],
+        difference[..., -1],
+    ):
+        assert edge.max() <= worst
+
+
+@torch.no_grad()
+def test_a_wide_stem_is_not_paired():
+    model, frames = trained("efficientvit_tiny", stem_dim=12), images(1)
+    expected = model((frames.float() / 255 - 0.5) / 0.5)
+    fused = FusedNetwork(model).eval()
+    assert fused.encoder.stem[0].stride == (2, 2)
+    assert (fused(frames) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_no_convolution_leaves_the_blocked_layout():
+    """Input counts below a block, or above it and no multiple of 4, are copied between layouts."""
+    fused = FusedNetwork(trained("efficientvit_tiny"))
+    for name, part in fused.named_modules():
+        kernel = getattr(part, "kernel", None)
+        if kernel is None or name.startswith("head"):
+            continue
+        chans = kernel.shape[1] * part.groups
+        assert chans == 1 or (chans >= BLOCK and chans % 4 == 0) or ".project" in name, name
+
+
+def test_an_unknown_network_is_not_fusible():
+    assert not is_fusible(torch.nn.Conv2d(1, 2, 1))
+    assert is_fusible(trained("ellipse"))
