@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = ("README.md", "docs/data.md", "docs/training.md", "docs/modal.md")
 """Pages with commands, in the order in which a reader runs them."""
-PAGES = sorted(name for name in project_files() if name.endswith(".md"))
+PAGES = sorted(n for n in project_files() if n.endswith(".md") and "template" not in n)
 TESTS = ("tests/test_readme.py", "tests/cloud/test_modal.py")
 ENV = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -1,8 +1,12 @@
 """Finds the imports of the project's files in their source."""
 
 import ast
+import re
 
 from tests.helpers.paths import ROOT
+
+REFERENCE = re.compile(r"^(pupilseg(?:\.\w+)+)(?::\w+)?$")
+"""A module named in a table such as `MODELS`: "pupilseg.module" or "pupilseg.module:Name"."""
 
 
 def module_of(path):
@@ -20,7 +24,7 @@ def imports(path, *, lazy=True):
 
     Args:
         path: the file.
-        lazy: include imports inside functions.
+        lazy: include imports inside functions, and modules that a string names (`REFERENCE`).
     """
     found = set()
 
@@ -31,6 +35,8 @@ def imports(path, *, lazy=True):
             assert node.level == 0, f"{path}: relative import in line {node.lineno}"
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif lazy and isinstance(node, ast.Constant):
+            found.update(REFERENCE.findall(str(node.value)))
         if not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             return
         children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)
