@@ -12,7 +12,7 @@ from pathlib import Path
 from pupilseg.cli.program import main_program
 from pupilseg.prepare import write_splits
 from pupilseg.preprocess import NONE, PREPROCESSINGS
-from pupilseg.shards.writer import MOST_FILES, ROWS_PER_SHARD
+from pupilseg.shards.writer import MAX_FILES, ROWS_PER_SHARD
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--rows-per-shard",
         type=int,
-        help=f"default: {ROWS_PER_SHARD}, doubled until a split has at most {MOST_FILES} files",
+        help=f"default: {ROWS_PER_SHARD}, doubled until a split has at most {MAX_FILES} files",
     )
     args = parser.parse_args()
     manifests = write_splits(

@@ -1,8 +1,8 @@
 """Boundary weights and signed distance maps of a pupil label, exact to the last bit.
 
-One integer carries both distance maps: with u(p) the Euclidean distance from pixel p to the nearest
-pixel of the other class, u^2 is an integer, and each class map is +u or -(u - 1) over the image
-diagonal. `docs/differences.md` lists where earlier systems differ, and why.
+One integer determines both distance maps: let u(p) be the Euclidean distance from pixel p to the
+nearest pixel of the other class. Then u^2 is an integer, and each class map is +u or -(u - 1),
+divided by the image diagonal. `docs/differences.md` lists where earlier systems differ, and why.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ EDGE_WEIGHT = np.float32(20.0)
 """Extra cross-entropy weight on the pupil boundary (RITnet `dataset.py`: 20 * edge)."""
 CANNY_THRESHOLDS = (0, 3)
 DILATION_KERNEL = np.ones((2, 1), dtype=np.uint8)
-"""What `cv2.dilate(x, (3, 3))` really applies: the tuple is read as a 2 x 1 column of ones."""
+"""The kernel that `cv2.dilate(x, (3, 3))` really uses: it reads the tuple as a column of ones."""
 MAX_DISTANCE_SQUARED = (HEIGHT - 1) ** 2 + (WIDTH - 1) ** 2
-"""Largest u^2 in a frame, 567,522; also u^2 of every pixel where the other class is absent."""
+"""Largest u^2 in a frame, 567,522; also u^2 of every pixel if the other class is absent."""
 DIAGONAL = float(np.hypot(HEIGHT - 1, WIDTH - 1))
 """Distance between opposite corner pixels, 753.34 px: the unit of `dist_map`."""
 
@@ -35,7 +35,7 @@ def check_label(label: NDArray[np.generic]) -> NDArray[np.uint8]:
         label: (400, 640) of {0, 1}, integer or bool.
 
     Raises:
-        ValueError: shape, dtype or a value differs; the message says which.
+        ValueError: wrong shape, dtype or value; the message names it.
     """
     if label.shape != (HEIGHT, WIDTH):
         raise ValueError(f"label has shape {label.shape}, expected ({HEIGHT}, {WIDTH})")
@@ -48,14 +48,14 @@ def check_label(label: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def pupil_box(label: NDArray[np.uint8], margin: int) -> tuple[slice, slice]:
-    """Returns rows and columns of the pupil's bounding box, `margin` px wider, within the frame.
+    """Returns rows and columns of the pupil's bounding box, extended by `margin` within the frame.
 
     Args:
         label: uint8 (400, 640), non-zero is pupil.
-        margin: px on each side.
+        margin: pixels added on each side.
 
     Returns:
-        Two slices; empty ones where there is no pupil.
+        Two slices, empty if there is no pupil.
     """
     left, top, width, height = cv2.boundingRect(label)
     if width == 0:
@@ -71,12 +71,12 @@ def spatial_weights(
 ) -> NDArray[np.float32]:
     """Returns the extra cross-entropy weight near the pupil boundary.
 
-    Canny edge (thresholds 0, 3) of `255 * label`, dilated as revision B of the data set did, times
-    20; so a raw folder and the Hub give the same values to the bit.
+    This is 20 times the Canny edge (thresholds 0, 3) of `255 * label`, dilated as in revision B of
+    the data set, so that a raw folder and the Hub give the same values to the bit.
 
     Args:
         label: (400, 640) of {0, 1}.
-        out: float32 (400, 640) to write to; None for a new array.
+        out: float32 (400, 640) to write to; a new array by default.
 
     Returns:
         float32 (400, 640) of {0, 20}; all zero for a frame without a pupil.
@@ -85,19 +85,19 @@ def spatial_weights(
     out = np.empty(label.shape, np.float32) if out is None else out
     out.fill(0)
     # Sobel's gradient reaches one pixel beyond the pupil, the dilation one more.
-    near = pupil_box(label, margin=2)
-    if label[near].size:
-        edges = cv2.Canny(label[near] * 255, *CANNY_THRESHOLDS)
+    window = pupil_box(label, margin=2)
+    if label[window].size:
+        edges = cv2.Canny(label[window] * 255, *CANNY_THRESHOLDS)
         band = cv2.dilate(edges, DILATION_KERNEL)
-        np.multiply(band > 0, EDGE_WEIGHT, out=out[near])
+        np.multiply(band > 0, EDGE_WEIGHT, out=out[window])
     return out
 
 
 def squared_distance(label: NDArray[np.generic]) -> NDArray[np.int32]:
     """Returns u^2: the exact squared Euclidean distance of each pixel to the other class.
 
-    Where a class is absent the distance is not defined; every pixel then gets
-    `MAX_DISTANCE_SQUARED`, so a blink's maps are finite and ask for "far from any pupil".
+    If a class is absent, the distance is undefined and every pixel gets `MAX_DISTANCE_SQUARED`. The
+    maps of a blink are therefore finite and mean "far from any pupil".
 
     Args:
         label: (400, 640) of {0, 1}.
@@ -112,39 +112,39 @@ def squared_distance(label: NDArray[np.generic]) -> NDArray[np.int32]:
 
 
 def write_squared_distance(label: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-    """Writes u^2 as `squared_distance` returns it, into float32, which holds these integers.
+    """Writes u^2, as returned by `squared_distance`, as float32.
 
-    OpenCV's precise transform is float32, yet rounding its square gives the exact integer: its
-    relative error of 2^-23 on u <= 753.4 px is at most 0.14 on u^2, and squaring in float32 adds
-    0.04 (tested against SciPy float64).
+    OpenCV's precise transform computes in float32, but rounding its square gives the exact integer:
+    the relative error of 2^-23 of u <= 753.4 px is at most 0.14 of u^2, and squaring in float32
+    adds 0.04 (tested against SciPy in float64).
 
     Args:
         label: uint8 (400, 640) of {0, 1}, contiguous.
         out: float32 (400, 640).
     """
-    near = pupil_box(label, margin=1)
-    inner = np.ascontiguousarray(label[near])
+    window = pupil_box(label, margin=1)
+    inner = np.ascontiguousarray(label[window])
     if inner.size == 0 or (inner.size == label.size and inner.all()):
         out.fill(MAX_DISTANCE_SQUARED)
         return
     ipp = cv2.ipp.useIPP()  # a setting of this thread
-    cv2.ipp.setUseIPP(False)  # OpenCV's own form takes 1.9 ms, Intel's 2.3 (AMD EPYC, one thread)
+    cv2.ipp.setUseIPP(False)  # OpenCV's own code takes 1.9 ms, Intel's 2.3 (AMD EPYC, one thread)
     cv2.distanceTransform(1 - label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE, dst=out)
-    # Each transform is zero on the other class, so their sum is u everywhere. The background
-    # nearest to a pixel of the pupil is never beyond the ring around the box: moved onto the ring
-    # along one axis or both, it would be nearer.
-    out[near] += cv2.distanceTransform(inner, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # Each transform is zero on the other class, so their sum is u everywhere. The background pixel
+    # nearest to a pupil pixel never lies beyond the ring around the box: moved onto the ring along
+    # one axis or both, it would be nearer.
+    out[window] += cv2.distanceTransform(inner, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     cv2.ipp.setUseIPP(ipp)
     np.multiply(out, out, out=out)
     np.rint(out, out=out)
 
 
 def write_squared_from_maps(dist_map: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Writes the u^2 that distance maps come from, where they follow the definition.
+    """Writes the u^2 of distance maps that follow the definition in this module.
 
-    Of a pixel's two distances the positive one is u / diagonal, rounded to float32; its square is
-    the integer to 0.1, so rounding finds it. Maps of another definition give something else, which
-    comparing with `maps_from_squared` shows.
+    The positive one of a pixel's two distances is u / diagonal, rounded to float32. Its square is
+    within 0.1 of the integer, so rounding finds it. Maps with another definition give other
+    numbers, which a comparison with `maps_from_squared` reveals.
 
     Args:
         dist_map: float32 (2, 400, 640).
@@ -152,16 +152,16 @@ def write_squared_from_maps(dist_map: NDArray[np.float32], out: NDArray[np.float
     """
     np.maximum(dist_map[0], dist_map[1], out=out)
     np.multiply(out, DIAGONAL, out=out)
-    with np.errstate(over="ignore", invalid="ignore"):  # maps of another definition
+    with np.errstate(over="ignore", invalid="ignore"):  # maps with another definition
         np.multiply(out, out, out=out)
     np.rint(out, out=out)
 
 
 def signed_tables() -> NDArray[np.float32]:
-    """Returns both signs of the normalised distance for every possible u^2.
+    """Returns both signs of the normalized distance for every possible u^2.
 
     float32 (2, 567523): row 0 is u / diagonal (outside the class), row 1 is -(u - 1) / diagonal
-    (inside), formed in float64 and rounded once, which float32 arithmetic does not reproduce.
+    (inside), computed in float64 and rounded once, which float32 arithmetic does not reproduce.
     """
     u = np.sqrt(np.arange(MAX_DISTANCE_SQUARED + 1, dtype=np.float64))
     return np.stack([u / DIAGONAL, (1 - u) / DIAGONAL]).astype(np.float32)
@@ -170,10 +170,11 @@ def signed_tables() -> NDArray[np.float32]:
 def write_signed_distances(
     squared: NDArray[np.float32], scaled: NDArray[np.float64], out: NDArray[np.float32]
 ) -> None:
-    """Writes what u^2 is in both maps where the label is 0: inside class 0, outside class 1.
+    """Writes both maps as if the label were 0 everywhere: inside class 0, outside class 1.
 
-    Computed in float64 and rounded once: with lookups it takes longer (docs/benchmarks.md). Each of
-    the 567,523 possible u^2 comes out as in `signed_tables` (tests/shards/test_codec.py).
+    Computed in float64 and rounded once, which is faster than looking values up
+    (docs/benchmarks.md). The result equals `signed_tables` for each of the 567,523 possible u^2
+    (tests/shards/test_codec.py).
 
     Args:
         squared: float32 (400, 640) of integers.
@@ -188,16 +189,16 @@ def write_signed_distances(
     np.copyto(out[0], scaled, casting="same_kind")
 
 
-def exchange_in_pupil(near: NDArray[np.float32], pupil: NDArray[np.bool_]) -> None:
-    """Exchanges both maps where the label is 1, in place.
+def swap_in_pupil(window: NDArray[np.float32], pupil: NDArray[np.bool_]) -> None:
+    """Swaps the two maps where the label is 1, in place.
 
     Args:
-        near: float32 (2, h, w), the part of the maps around the pupil.
+        window: float32 (2, h, w), the part of the maps around the pupil.
         pupil: bool (h, w), the label there.
     """
-    before = near[1].copy()
-    np.copyto(near[1], near[0], where=pupil)
-    np.copyto(near[0], before, where=pupil)
+    second = window[1].copy()
+    np.copyto(window[1], window[0], where=pupil)
+    np.copyto(window[0], second, where=pupil)
 
 
 def maps_from_squared(
@@ -207,7 +208,7 @@ def maps_from_squared(
 
     Args:
         squared: (400, 640) integers from `squared_distance`.
-        label: (400, 640) of {0, 1}, the label they were made from.
+        label: (400, 640) of {0, 1}, the label that they belong to.
 
     Returns:
         float32 (2, 400, 640): for each class, distance / diagonal outside, -(distance - 1) /
@@ -222,7 +223,7 @@ def maps_from_squared(
 
 
 def distance_maps(label: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Returns the signed Euclidean distance to each class, as the surface loss wants it.
+    """Returns the signed Euclidean distance to each class, for the surface loss.
 
     Kervadec et al., Boundary loss, MIDL 2019, eq. 5, with the one-pixel inner offset of RITnet
     (`utils.py: one_hot2dist`).

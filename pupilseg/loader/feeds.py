@@ -1,24 +1,25 @@
-"""Where a loader's batches come from: the mapping decoded on the CPU, or packed rows on a device.
+"""Feeds turn lists of sample indices into tensors; order, epochs and state belong to the loader.
 
-A feed turns lists of sample indices into tensors; order, epochs and state are the loader's.
+`CpuFeed` decodes the mapped files on the CPU, `ResidentFeed` keeps encoded rows on a device, and
+`cuda_stream.StreamFeed` streams encoded rows to a device.
 """
 
 from __future__ import annotations
 
 import mmap
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from pupilseg.errors import DataError
 from pupilseg.loader.decode import BatchDecoder, gather_row, layout_of
 from pupilseg.runtime.device import on_device
 from pupilseg.runtime.memory import host_memory
 from pupilseg.runtime.threads import RowPool, prefetch
-from pupilseg.shards.codec import FrameDecoder
-from pupilseg.shards.format import COLUMNS, RAW, U2
+from pupilseg.shards.codec import FrameDecoder, write_network_input
+from pupilseg.shards.format import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -31,154 +32,150 @@ if TYPE_CHECKING:
     from pupilseg.loader.decode import Layout
     from pupilseg.shards.reader import ShardSet
 
-    Plan = Sequence[NDArray[np.int64]]
-
+    IndexBatches = Sequence[NDArray[np.int64]]
 
 THREAD_NAME = "pupilseg-loader"
 
 
+@dataclass(frozen=True, slots=True)
+class FeedOptions:
+    """Settings of a feed; see `loader.make_loader`.
+
+    Attributes:
+        columns: columns to decode, a subset of `decode.DECODED`.
+        samples: number of samples in use, from the first.
+        batch_rows: rows of a full batch.
+        label_dtype: dtype of the labels.
+        device: device of the tensors.
+        ring: number of batch buffers (`CpuFeed`).
+        threads: number of threads that decode or gather rows.
+        compiled: decode full batches in one pass of `torch.compile` (CUDA only).
+    """
+
+    columns: tuple[str, ...]
+    samples: int
+    batch_rows: int
+    label_dtype: torch.dtype
+    device: torch.device
+    ring: int
+    threads: int
+    compiled: bool
+
+    @property
+    def compiled_rows(self) -> int:
+        """Batch size to compile the decoder for; 0 for none."""
+        return self.batch_rows if self.compiled and self.device.type == "cuda" else 0
+
+    def row_pool(self) -> RowPool[FrameDecoder]:
+        """Returns a pool of `threads` threads, each with a decoder of its own."""
+        return RowPool(FrameDecoder, max(1, self.threads), THREAD_NAME)
+
+
 class Feed(Protocol):
-    """Gives the decoded tensors of batches, without `index`."""
+    """Produces the decoded tensors of batches, without `index`."""
 
     name: str
 
-    def batches(self, plan: Plan) -> Generator[dict[str, Tensor]]:
+    def batches(self, plan: IndexBatches) -> Generator[dict[str, Tensor]]:
         """Yields column -> tensor on the device for each array of sample indices."""
         ...
 
     def close(self) -> None:
-        """Frees its buffers."""
+        """Frees the buffers."""
         ...
 
 
 class ReadAhead:
-    """Has the kernel read the rows of a batch from disk all at once, where they may not be cached.
+    """Asks the kernel to read all rows of a batch from disk at once.
 
-    Without it each row is waited for in turn: 10.5 ms a sample from a cold disk in place of 1.4
-    (docs/benchmarks.md). Of rows that are in memory it takes 0.04 ms, so it is done in the first
-    pass, and in all of them where the files are larger than half of the host's memory.
+    Otherwise each row is waited for in turn: 10.5 ms per sample from a cold disk instead of 1.4
+    (docs/benchmarks.md). For rows that are already in memory it costs 0.04 ms, so it is done in the
+    first pass only, or in every pass if the files are larger than half of the host's memory.
 
     Args:
-        shards: open.
-        layout: names the fields that are read.
+        shards: the open shards.
+        layout: names the fields to read.
     """
 
     def __init__(self, shards: ShardSet, layout: Layout) -> None:
-        self._shards, self._fields = shards, [field.name for field in layout.fields]
+        self._shards = shards
+        self._fields = [field.name for field in layout.fields]
         size = sum(len(shard.mapping) for shard in shards.shards)
-        self._always = size > host_memory() // 2
-        self._wanted = hasattr(mmap, "MADV_WILLNEED")
+        self._every_pass = size > host_memory() // 2
+        self._active = hasattr(mmap, "MADV_WILLNEED")
 
     def __call__(self, indices: Iterable[int]) -> None:
-        """Starts the reading of samples."""
-        if self._wanted:
+        """Starts reading samples, without waiting."""
+        if self._active:
             for index in indices:
                 shard, row = self._shards.locate(int(index))
                 shard.read_ahead(row, self._fields)
 
-    def end_of_pass(self) -> None:
-        """Says that every sample has been read once."""
-        self._wanted = self._wanted and self._always
+    def end_pass(self) -> None:
+        """Marks the end of a pass over all samples."""
+        self._active = self._active and self._every_pass
 
 
 class CpuFeed:
-    """Decodes rows of the mapping into a ring of batch buffers.
+    """Decodes rows of the mapped files into a ring of batch buffers, one batch ahead.
 
-    Args:
-        shards: open.
-        columns: to decode, out of `decode.DECODED`.
-        batch_size: rows of a slot.
-        label_dtype: of the labels.
-        ring: slots; a batch is overwritten once `ring - 1` more have been drawn.
-        threads: that decode one batch ahead; 0 decodes when a batch is asked for.
-        device: batches are copied to it where it is not the CPU (such as "mps").
+    A batch is overwritten once `ring - 1` more have been drawn. With 0 threads it is decoded when
+    it is drawn. For a device other than the CPU (such as "mps") each batch is copied.
     """
 
     name = "mapping"
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        columns: tuple[str, ...],
-        batch_size: int,
-        label_dtype: torch.dtype,
-        *,
-        ring: int,
-        threads: int,
-        device: torch.device,
-    ) -> None:
-        self._shards, self._columns = shards, columns
-        self._batch_size, self._label_dtype = batch_size, label_dtype
-        self._ring, self._ahead, self._device = ring, threads > 0, device
-        self._pool = RowPool(FrameDecoder, max(1, threads), THREAD_NAME)
-        self._read_ahead = ReadAhead(shards, layout_of(shards, columns))
+    def __init__(self, shards: ShardSet, options: FeedOptions) -> None:
+        self._shards = shards
+        self._options = options
+        self._pool = options.row_pool()
+        self._read_ahead = ReadAhead(shards, layout_of(shards, options.columns))
         self._slots: list[dict[str, Tensor]] = []
 
-    def batches(self, plan: Plan) -> Generator[dict[str, Tensor]]:
-        """Yields the batches; a view of a slot each."""
-        while len(self._slots) < self._ring:
+    def batches(self, plan: IndexBatches) -> Generator[dict[str, Tensor]]:
+        """Yields the batches as views of the buffers."""
+        ring = self._options.ring
+        while len(self._slots) < ring:
             self._slots.append(self._new_slot())
         with self._pool:
-            if self._ahead:
-                with closing(prefetch(self._fill, plan, self._ring)) as filled:
+            if self._options.threads:
+                with closing(prefetch(self._fill, plan, ring)) as filled:
                     for batch in filled:
                         yield self._to_device(batch)
             else:
                 for number, indices in enumerate(plan):
-                    yield self._to_device(self._fill(number % self._ring, indices, None))
-        self._read_ahead.end_of_pass()
+                    yield self._to_device(self._fill(number % ring, indices, None))
+        self._read_ahead.end_pass()
 
     def _new_slot(self) -> dict[str, Tensor]:
         slot = {}
-        for column in self._columns:
+        for column in self._options.columns:
             spec = COLUMNS[column]
             shape = (1, *spec.shape) if column == "image" else spec.shape
-            dtype = self._label_dtype if column == "label" else torch.float32
-            slot[column] = torch.empty((self._batch_size, *shape), dtype=dtype)
+            dtype = self._options.label_dtype if column == "label" else torch.float32
+            slot[column] = torch.empty((self._options.batch_rows, *shape), dtype=dtype)
         return slot
 
     def _fill(self, slot: int, indices: NDArray[np.int64], stop: Event | None) -> dict[str, Tensor]:
         """Decodes a batch into a slot."""
         batch = {name: tensor[: len(indices)] for name, tensor in self._slots[slot].items()}
         arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+        images = arrays.pop("image", None)
         self._read_ahead(indices)
 
-        def work(row: int, decoder: FrameDecoder) -> None:
-            out = {name: array[row] for name, array in arrays.items()}
-            self._decode(int(indices[row]), out, decoder)
+        def decode(row: int, decoder: FrameDecoder) -> None:
+            shard, stored_row = self._shards.locate(int(indices[row]))
+            if images is not None:
+                write_network_input(shard.fields["image"][stored_row], images[row, 0])
+            shard.decode(stored_row, {name: a[row] for name, a in arrays.items()}, decoder)
 
-        self._pool.run(work, len(indices), stop)
+        self._pool.run(decode, len(indices), stop)
         return batch
 
-    def _decode(self, index: int, out: dict[str, NDArray[Any]], decoder: FrameDecoder) -> None:
-        """Decodes a sample.
-
-        Raises:
-            DataError: its stored bytes are damaged; names file and row.
-        """
-        shard, row = self._shards.locate(index)
-        stored = shard.row(row)
-        for column, target in out.items():
-            encoding = shard.encodings[column]
-            if column == "image":
-                decoder.image(stored[column], target[0])
-            elif column == "label":
-                decoder.label(stored[column], target)
-            elif encoding["encoding"] == RAW:
-                target[...] = stored[column].reshape(target.shape)
-            elif encoding["encoding"] == U2:
-                first = stored[f"{column}_first"]
-                try:
-                    decoder.distances(stored[column], first, stored["label"], target)
-                except DataError as error:
-                    raise shard.damaged(row, error) from error
-            else:
-                decoder.weights(stored[column], encoding["value"], target)
-
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self._device.type == "cpu":
+        if self._options.device.type == "cpu":
             return batch
-        return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        return {name: tensor.to(self._options.device) for name, tensor in batch.items()}
 
     def close(self) -> None:
         """Frees the ring."""
@@ -186,53 +183,37 @@ class CpuFeed:
 
 
 class ResidentFeed:
-    """Keeps the packed columns on the device; a batch is one gather and decode there.
+    """Keeps the encoded columns on the device; a batch is one gather and decode there.
 
-    Batches are new tensors of the device's caching allocator, valid as long as they are held.
-
-    Args:
-        shards: open; read once.
-        columns: to decode.
-        samples: how many to keep, from the first.
-        label_dtype: of the labels.
-        device: any; on the CPU it is a second, slower form of `CpuFeed` with the same numbers.
-        threads: that read.
-        compiled_rows: as `BatchDecoder`.
+    Batches are new tensors of the device's caching allocator and stay valid as long as they are
+    referenced. On the CPU it is slower than `CpuFeed` and gives the same numbers; it is kept there
+    so that tests cover it without a CUDA device.
     """
 
     name = "resident"
     _STAGING_BYTES = 64 << 20
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        columns: tuple[str, ...],
-        samples: int,
-        label_dtype: torch.dtype,
-        device: torch.device,
-        *,
-        threads: int,
-        compiled_rows: int,
-    ) -> None:
-        layout = layout_of(shards, columns)
-        self._device = device
-        self._decode = BatchDecoder(layout, device, label_dtype, compiled_rows)
-        self._packed = layout.empty(samples, device)
-        rows = max(1, min(samples, self._STAGING_BYTES // layout.row_bytes))
-        # Torch may not see the mapping itself: it has no read-only tensors.
+    def __init__(self, shards: ShardSet, options: FeedOptions) -> None:
+        layout = layout_of(shards, options.columns)
+        device = self._device = options.device
+        self._decode = BatchDecoder(layout, device, options.label_dtype, options.compiled_rows)
+        self._packed = layout.empty(options.samples, device)
+        rows = max(1, min(options.samples, self._STAGING_BYTES // layout.row_bytes))
+        # Torch has no read-only tensors, so rows are copied from the mapping by NumPy.
         staging = layout.empty(rows, torch.device("cpu"), pinned=device.type == "cuda")
         read_ahead = ReadAhead(shards, layout)
-        with RowPool(FrameDecoder, max(1, threads), THREAD_NAME) as readers:
-            for start in range(0, samples, rows):
-                indices = range(start, min(start + rows, samples))
+        with options.row_pool() as pool:
+            for start in range(0, options.samples, rows):
+                indices = range(start, min(start + rows, options.samples))
                 read_ahead(indices)
-                readers.run(partial(gather_row, layout, shards, indices, staging), len(indices))
+                pool.run(partial(gather_row, layout, shards, indices, staging), len(indices))
                 for name, tensor in self._packed.items():
                     tensor[indices.start : indices.stop].copy_(staging[name][: len(indices)])
-        if compiled_rows:  # now, so that no batch waits for it
-            self._decode(self._packed, torch.zeros(compiled_rows, dtype=torch.int64, device=device))
+        if options.compiled_rows:  # compiles now instead of in the first batch
+            first_rows = torch.zeros(options.compiled_rows, dtype=torch.int64, device=device)
+            self._decode(self._packed, first_rows)
 
-    def batches(self, plan: Plan) -> Generator[dict[str, Tensor]]:
+    def batches(self, plan: IndexBatches) -> Generator[dict[str, Tensor]]:
         """Yields the batches."""
         if not plan:
             return

@@ -1,13 +1,14 @@
-"""Encodings of a frame's columns, in NumPy: exact both ways, without temporaries where it counts.
+"""Encodings of a frame's columns in NumPy, exact in both directions.
 
-A decoder writes into arrays that the caller owns and reuses: allocating a fresh batch costs four
-times the copying.
+`ENCODINGS` lists them: a new encoding is one entry there, plus its name in `format.COLUMNS`.
+Decoders write into arrays that the caller owns and reuses, because allocating a new batch takes
+four times as long as copying it.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -16,26 +17,30 @@ from pupilseg.errors import DataError
 from pupilseg.geometry import HEIGHT, IMAGE_TABLE, WIDTH
 from pupilseg.maps import (
     MAX_DISTANCE_SQUARED,
-    exchange_in_pupil,
     signed_tables,
+    swap_in_pupil,
     write_signed_distances,
 )
-from pupilseg.shards.format import COLUMNS, RAW, U2, Encodings
+from pupilseg.shards.format import BITS, COLUMNS, PIXELS, RAW, U2, Field
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from numpy.typing import NDArray
+
+    StoredRow = Mapping[str, NDArray[Any]]
 
 BYTE_BITS: NDArray[np.uint8] = np.unpackbits(
     np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
 )
 """uint8 (256, 8): the bits of each byte, least significant first."""
 BAND = 40
-"""Rows that are restored from the one in their middle; see `band_rows`."""
+"""Number of rows that are restored from the middle one; see `band_rows`."""
 
 
 @cache
 def distance_tables() -> NDArray[np.float32]:
-    """Returns `maps.signed_tables()`, made once a process and read-only."""
+    """Returns `maps.signed_tables()`, computed once per process and read-only."""
     tables = signed_tables()
     tables.flags.writeable = False
     return tables
@@ -52,29 +57,31 @@ def unpack_bits(bits: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def value_table(value: float) -> NDArray[np.float32]:
-    """Returns float32 (256, 8): for each byte of a two-valued map its 8 values of {0, value}."""
+    """Returns float32 (256, 8): the 8 values of {0, value} that each byte stands for."""
     return np.where(BYTE_BITS != 0, np.float32(value), np.float32(0)).astype(np.float32)
 
 
 def unpack_values(
     bits: NDArray[np.uint8], table: NDArray[np.float32], out: NDArray[np.float32]
 ) -> None:
-    """Writes a two-valued map into `out`, float32 (400, 640), from bits and its `value_table`."""
-    # `clip` cannot clip a byte in a table of 256; it spares the buffering that `raise` implies.
+    """Writes a two-valued map, float32 (400, 640), from its bits and `value_table`."""
+    # A byte never exceeds the table of 256; `clip` avoids the buffering that `raise` implies.
     np.take(table, bits, axis=0, out=out.reshape(-1, 8), mode="clip")
 
 
 def pack_values(
     values: NDArray[np.float32], value: float | None
 ) -> tuple[NDArray[np.uint8], float | None] | None:
-    """Returns a map of {0, v} as bits with v, or None if it is not one.
+    """Returns a map of {0, v} as bits with v, or None if it has other values.
+
+    The result is checked by decoding it and comparing every bit.
 
     Args:
         values: float32 (400, 640).
-        value: v of the rows before, None if none has been met yet.
+        value: v of the previous rows; None if all of them are zero.
 
     Returns:
-        (bits, v); v stays None for a map of zeros. Checked by decoding, to the bit.
+        (bits, v); v stays None if all values are zero.
     """
     words = np.ascontiguousarray(values).view(np.uint32)
     bits = pack_bits(words)
@@ -94,10 +101,10 @@ def pack_squared(
         squared: int32 or float32 (400, 640) of integers 0 .. 567,522.
 
     Returns:
-        uint16 (256000,) and uint32 (400,). Neighbours in a row differ by at most
-        2 * 753 + 1 = 1507, so int16 differences of the first restore the row from the second.
+        uint16 (256000,) and uint32 (400,). Neighbors in a row differ by at most 2 * 753 + 1 = 1507,
+        so int16 differences of the first array restore a row from its entry in the second.
     """
-    # Through int32: what a float beyond uint16 becomes is not defined.
+    # By way of int32: converting a float beyond the range of uint16 is undefined.
     words = squared.astype(np.int32, copy=False).astype(np.uint16)
     return words.reshape(-1), squared[:, 0].astype(np.uint32)
 
@@ -105,18 +112,23 @@ def pack_squared(
 def band_rows(words: Any) -> Any:
     """Returns the middle row of each band of `BAND` rows, a view (..., 10, 640) of (..., 400, 640).
 
-    u changes by at most 1 from row to row, as from pixel to pixel. In a band no pixel is more than
-    20 rows from the middle one, so that u^2 differs from there by at most 20 * 2 * 753.4 = 30,136:
-    int16 differences restore u^2 of a band from its middle row, without following every row.
+    u changes by at most 1 between neighboring pixels. No pixel of a band is more than 20 rows from
+    the middle one, so u^2 differs by at most 20 * 2 * 753.4 = 30,136 between them: int16
+    differences restore u^2 of a whole band from its middle row, without a sum along every row.
     """
     return words[..., BAND // 2 :: BAND, :]
 
 
-class FrameDecoder:
-    """Decodes single frames into given arrays; keeps its scratch, so one object serves one thread.
+def write_network_input(image: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """Writes a stored image, uint8 (256000,) or (400, 640), as float32 (400, 640) in [-1, 1]."""
+    cv2.LUT(image.reshape(HEIGHT, WIDTH), IMAGE_TABLE, dst=out)
 
-    Every method takes stored rows as `ShardSet` gives them and writes its last argument. NumPy and
-    OpenCV release the GIL in all of them.
+
+class FrameDecoder:
+    """Decodes single frames into given arrays.
+
+    It keeps scratch memory, so an object may be used by one thread at a time. All methods release
+    the GIL in NumPy and OpenCV.
     """
 
     def __init__(self) -> None:
@@ -126,13 +138,42 @@ class FrameDecoder:
         self._scaled = np.empty((HEIGHT, WIDTH), dtype=np.float64)
         self._tables: dict[float, NDArray[np.float32]] = {}
 
-    def image(self, stored: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """Writes the network input, float32 (400, 640) in [-1, 1], from grey values."""
-        cv2.LUT(stored.reshape(HEIGHT, WIDTH), IMAGE_TABLE, dst=out)
+    def decode(
+        self, column: str, stored: StoredRow, encoding: Mapping[str, Any], out: NDArray[Any]
+    ) -> None:
+        """Writes one column of a row.
 
-    def label(self, stored: NDArray[np.uint8], out: NDArray[np.generic]) -> None:
-        """Writes a label of {0, 1}, any integer type (400, 640), from bits."""
-        out[...] = unpack_bits(stored)
+        Args:
+            column: a key of `format.COLUMNS`.
+            stored: field name -> (width,), the row as it is in the file.
+            encoding: the shard's entry for the column: "encoding" and its parameters.
+            out: shape of the column; of its dtype, or any integer type for the label.
+
+        Raises:
+            DataError: the stored bytes are damaged.
+        """
+        ENCODINGS[encoding["encoding"]].decode(self, column, stored, encoding, out)
+
+    def raw(
+        self, column: str, stored: StoredRow, _encoding: Mapping[str, Any], out: NDArray[Any]
+    ) -> None:
+        """Copies a column that is stored as it is."""
+        out[...] = stored[column].reshape(out.shape)
+
+    def bits(
+        self, column: str, stored: StoredRow, encoding: Mapping[str, Any], out: NDArray[Any]
+    ) -> None:
+        """Unpacks a label of {0, 1}, or weights of {0, value}."""
+        if "value" in encoding:
+            self.weights(stored[column], encoding["value"], out)
+        else:
+            out[...] = unpack_bits(stored[column])
+
+    def u2(
+        self, column: str, stored: StoredRow, _encoding: Mapping[str, Any], out: NDArray[Any]
+    ) -> None:
+        """Restores both distance maps from u^2 and the label."""
+        self.distances(stored[column], stored[f"{column}_first"], stored["label"], out)
 
     def weights(self, stored: NDArray[np.uint8], value: float, out: NDArray[np.float32]) -> None:
         """Writes weights of {0, value}, float32 (400, 640), from bits."""
@@ -143,10 +184,10 @@ class FrameDecoder:
     def squared(self, stored: NDArray[np.uint16], first: NDArray[np.uint32]) -> NDArray[np.float32]:
         """Returns u^2, float32 (400, 640), from its low 16 bits and each row's first value.
 
-        Exact: float32 holds integers up to 2^24. The array is scratch: valid until the next call.
+        Exact, since float32 holds integers up to 2^24. The result is valid until the next call.
 
         Raises:
-            DataError: the two contradict each other, so the stored bytes are damaged.
+            DataError: the two arguments contradict each other, so the stored bytes are damaged.
         """
         words = stored.reshape(HEIGHT, WIDTH).view(np.int16)
         middle = band_rows(words)
@@ -156,14 +197,14 @@ class FrameDecoder:
         np.cumsum(self._middle, axis=1, out=self._middle)
         np.subtract(words.reshape(self._away.shape), middle[:, None], out=self._away)
         bands = self._squared.reshape(self._away.shape)
-        # In two passes and float32: adding int16 and float64 in one takes twice as long.
+        # Two passes in float32: adding int16 and float64 in one pass takes twice as long.
         np.copyto(bands, self._away)
         bands += self._middle[:, None]
         if not np.array_equal(self._squared[:, 0], first):
             row = int(np.argmax(self._squared[:, 0] != first))
             raise DataError(
-                f"dist_map begins row {row} with the squared distance {self._squared[row, 0]:.0f}, "
-                f"dist_map_first says {first[row]}"
+                f"dist_map starts row {row} with the squared distance {self._squared[row, 0]:.0f}, "
+                f"but dist_map_first has {first[row]}"
             )
         return self._squared
 
@@ -177,25 +218,25 @@ class FrameDecoder:
         """Writes both signed distance maps, float32 (2, 400, 640), from u^2 and the label.
 
         Raises:
-            DataError: as `squared`, or a value that no distance has.
+            DataError: as `squared`, or a value is outside 0..567,522.
         """
         squared = self.squared(stored, first)
         write_signed_distances(squared, self._scaled, out)
-        # The largest distance is the diagonal; the root of a negative number compares as false.
+        # No distance exceeds the diagonal, and the root of a negative number compares as false.
         if not out[1].max() <= 1:
             raise DataError(
                 f"dist_map holds squared distances {squared.min():.0f}..{squared.max():.0f}, "
                 f"expected 0..{MAX_DISTANCE_SQUARED}"
             )
-        _exchange_in_pupil(label_bits.reshape(HEIGHT, WIDTH // 8), out)
+        _swap_in_pupil(label_bits.reshape(HEIGHT, WIDTH // 8), out)
 
 
-def _exchange_in_pupil(bits: NDArray[np.uint8], maps: NDArray[np.float32]) -> None:
-    """Exchanges two maps, float32 (2, 400, 640), where the label is 1.
+def _swap_in_pupil(bits: NDArray[np.uint8], maps: NDArray[np.float32]) -> None:
+    """Swaps the two maps, float32 (2, 400, 640), where the label is 1.
 
     Args:
-        bits: of the label, uint8 (400, 80).
-        maps: written to within the smallest box of whole bytes around the pupil.
+        bits: the label, uint8 (400, 80).
+        maps: modified within the smallest box of whole bytes around the pupil.
     """
     rows = np.flatnonzero(bits.max(axis=1))
     if rows.size == 0:
@@ -203,36 +244,59 @@ def _exchange_in_pupil(bits: NDArray[np.uint8], maps: NDArray[np.float32]) -> No
     columns = np.flatnonzero(bits[rows[0] : rows[-1] + 1].max(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     pupil = np.unpackbits(bits[top:bottom, left:right], axis=1, bitorder="little").view(np.bool_)
-    exchange_in_pupil(maps[:, top:bottom, 8 * left : 8 * right], pupil)
+    swap_in_pupil(maps[:, top:bottom, 8 * left : 8 * right], pupil)
 
 
-def decode_row(
-    stored: dict[str, NDArray[Any]], encodings: Encodings, decoder: FrameDecoder
-) -> dict[str, NDArray[Any]]:
-    """Returns every column of one row, decoded into new arrays.
+class Encoding(NamedTuple):
+    """One way to store a column.
 
-    Args:
-        stored: field name -> (width,), as in the file.
-        encodings: of the row's shard.
-        decoder: gives the scratch.
+    Attributes:
+        fields: column -> the Arrow fields that hold it.
+        decode: method of `FrameDecoder` that writes one row; arguments as its `decode`.
+    """
 
-    Returns:
-        Column name -> array of the dtype and shape in `format.COLUMNS`.
+    fields: Callable[[str], list[Field]]
+    decode: Callable[[FrameDecoder, str, StoredRow, Mapping[str, Any], NDArray[Any]], None]
+
+
+def _raw_fields(column: str) -> list[Field]:
+    spec = COLUMNS[column]
+    return [Field(column, spec.dtype, int(np.prod(spec.shape)))]
+
+
+def _bits_fields(column: str) -> list[Field]:
+    return [Field(column, "uint8", PIXELS // 8)]
+
+
+def _u2_fields(column: str) -> list[Field]:
+    return [Field(column, "uint16", PIXELS), Field(f"{column}_first", "uint32", HEIGHT)]
+
+
+ENCODINGS: dict[str, Encoding] = {
+    RAW: Encoding(_raw_fields, FrameDecoder.raw),
+    BITS: Encoding(_bits_fields, FrameDecoder.bits),
+    U2: Encoding(_u2_fields, FrameDecoder.u2),
+}
+"""Encodings by their name in manifests. The loader's form for batches is `loader.decode.DECODERS`;
+an encoding that is missing there is decoded row by row before it is copied to a device."""
+
+
+def stored_fields(column: str, encoding: str) -> list[Field]:
+    """Returns the Arrow fields that hold a column in an encoding.
 
     Raises:
-        DataError: the stored bytes are damaged.
+        KeyError: the column is unknown or cannot have that encoding.
     """
-    row: dict[str, NDArray[Any]] = {}
-    for column, spec in COLUMNS.items():
-        encoding = encodings[column]
-        if encoding["encoding"] == RAW:
-            row[column] = stored[column].reshape(spec.shape).copy()
-            continue
-        out = row[column] = np.empty(spec.shape, dtype=spec.dtype)
-        if encoding["encoding"] == U2:
-            decoder.distances(stored[column], stored[f"{column}_first"], stored["label"], out)
-        elif column == "label":
-            out[...] = unpack_bits(stored[column])
-        else:
-            decoder.weights(stored[column], encoding["value"], out)
-    return row
+    if encoding not in COLUMNS[column].encodings:
+        raise KeyError(f"{column} has no encoding {encoding!r}")
+    return ENCODINGS[encoding].fields(column)
+
+
+def all_fields(encodings: Mapping[str, Mapping[str, Any]]) -> list[Field]:
+    """Returns the fields of a shard in file order, without `name`."""
+    return [f for c in COLUMNS for f in stored_fields(c, encodings[c]["encoding"])]
+
+
+def bytes_per_sample(encodings: Mapping[str, Mapping[str, Any]]) -> int:
+    """Returns the bytes per row of all fields except `name`."""
+    return sum(field.row_bytes for field in all_fields(encodings))

@@ -1,7 +1,7 @@
-"""The columns of a shard while it is being built: the compact encoding if it is exact, else raw.
+"""The columns of a shard under construction: compact encodings where they are exact, else raw.
 
-A builder holds encoded rows only. When a row does not fit the compact encoding, the rows before it
-are decoded, which is exact since each was checked, and the column goes on raw.
+Only encoded rows are kept in memory. When a row does not fit the compact encoding of a column, the
+previous rows are decoded, which is exact since each was checked, and the column continues as raw.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pupilseg.shards.codec import (
     pack_bits,
     pack_squared,
     pack_values,
+    stored_fields,
     unpack_values,
     value_table,
 )
-from pupilseg.shards.format import BITS, COLUMNS, RAW, U2, Encodings, Field, stored_fields
+from pupilseg.shards.format import BITS, COLUMNS, RAW, U2, Encodings, Field
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 
 
 def _rows(field: Field, count: int) -> NDArray[Any]:
-    """Returns an empty array for `count` rows of a field."""
     return np.empty((count, field.width), dtype=field.dtype)
 
 
 def _raw_rows(column: str, count: int) -> NDArray[Any]:
-    """Returns an empty array for `count` raw rows of a column."""
     return _rows(stored_fields(column, RAW)[0], count)
 
 
@@ -43,7 +42,7 @@ class ShardColumns:
     """All columns of one shard, filled row by row.
 
     Args:
-        capacity: the largest number of rows.
+        capacity: maximum number of rows.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -57,7 +56,8 @@ class ShardColumns:
         self._weights_value: float | None = None
         self._weights_raw: NDArray[np.float32] | None = None
         field, first_field = stored_fields("dist_map", U2)
-        self._squared, self._first = _rows(field, capacity), _rows(first_field, capacity)
+        self._squared = _rows(field, capacity)
+        self._first = _rows(first_field, capacity)
         self._dist_raw: NDArray[np.float32] | None = None
         self._decoder = FrameDecoder()
         self._maps = np.empty(COLUMNS["dist_map"].shape, dtype=np.float32)
@@ -67,10 +67,10 @@ class ShardColumns:
         return len(self.names)
 
     def append(self, sample: Sample, image: NDArray[np.uint8]) -> None:
-        """Adds a checked sample; what its source does not bring is computed from the label.
+        """Adds a sample. Targets that its source lacks are computed from the label.
 
         Args:
-            sample: shapes, dtypes and ranges as `Sample` says.
+            sample: already checked with `check_sample`.
             image: uint8 (400, 640), preprocessed.
         """
         row, label = len(self), sample.label
@@ -111,13 +111,16 @@ class ShardColumns:
         self._dist_raw[row] = dist_map.reshape(-1)
 
     def _pack_distances(self, row: int, sample: Sample) -> bool:
-        """Packs a row; says whether it decodes to the source's maps, or else to the integers."""
+        """Packs a row; returns True if decoding it gives the source's maps, to the bit.
+
+        If the source has no maps, decoding must give the integers that were packed.
+        """
         squared, given = self._exact, sample.dist_map
         if given is None:
             maps.write_squared_distance(np.ascontiguousarray(sample.label), squared)
         else:
             maps.write_squared_from_maps(given, squared)
-            if not squared.max() <= maps.MAX_DISTANCE_SQUARED:  # not a number compares as false
+            if not squared.max() <= maps.MAX_DISTANCE_SQUARED:  # NaN compares as false
                 return False
         self._squared[row], self._first[row] = pack_squared(squared)
         try:
@@ -125,19 +128,18 @@ class ShardColumns:
                 self._decode_maps(row, self._maps)
                 stored = np.ascontiguousarray(given)
                 return bool(np.array_equal(self._maps.view(np.uint32), stored.view(np.uint32)))
-            # Of each integer the decoder makes what `maps_from_squared` does (tests/shards),
-            # so comparing those is enough.
+            # The decoder maps each integer to the value of `maps_from_squared` (tests/shards), so
+            # comparing the integers is enough.
             decoded = self._decoder.squared(self._squared[row], self._first[row])
             return bool(np.array_equal(decoded, squared))
-        except DataError:  # maps of another definition, which these integers do not give
+        except DataError:  # maps with another definition, which give impossible integers
             return False
 
     def _decode_maps(self, row: int, out: NDArray[np.float32]) -> None:
-        """Decodes the distance maps of a packed row."""
         self._decoder.distances(self._squared[row], self._first[row], self._label[row], out)
 
     def encodings(self) -> Encodings:
-        """Returns the encoding of each column as it now stands."""
+        """Returns the present encoding of each column."""
         found: Encodings = {column: {"encoding": RAW} for column in COLUMNS}
         found["label"] = {"encoding": BITS}
         if self._weights_raw is None:

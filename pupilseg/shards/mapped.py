@@ -1,4 +1,4 @@
-"""One shard file as a read-only mapping, and its columns as views of it."""
+"""A shard file as a read-only mapping, and its columns as views of it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ import numpy as np
 import pyarrow as pa
 
 from pupilseg.errors import DataError
-from pupilseg.shards.codec import FrameDecoder, decode_row
-from pupilseg.shards.format import METADATA_KEY, NAME, Encodings, all_fields, arrow_schema
-from pupilseg.shards.manifest import rebuild
+from pupilseg.shards.arrow_file import METADATA_KEY, arrow_schema
+from pupilseg.shards.codec import all_fields
+from pupilseg.shards.format import NAME, Encodings
+from pupilseg.shards.manifest import rebuild_hint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from pupilseg.shards.codec import FrameDecoder
 
 
 class Shard(NamedTuple):
     """One mapped file.
 
     Attributes:
-        path: of the file.
-        encodings: of its columns.
+        path: the file.
+        encodings: column -> encoding and its parameters.
         fields: stored field -> read-only view (rows, width) of the mapping.
-        names: of its samples.
-        mapping: of the whole file.
-        offsets: stored field -> where its first byte is in the mapping.
+        names: one per row.
+        mapping: the whole file.
+        offsets: stored field -> offset of its first byte in the mapping.
     """
 
     path: Path
@@ -47,21 +50,30 @@ class Shard(NamedTuple):
         """Returns views of one row's stored fields."""
         return {name: field[row] for name, field in self.fields.items()}
 
-    def decode(self, row: int, decoder: FrameDecoder) -> dict[str, NDArray[Any]]:
-        """Returns every column of a row, decoded into new arrays, as `codec.decode_row`.
+    def decode(self, row: int, out: Mapping[str, NDArray[Any]], decoder: FrameDecoder) -> None:
+        """Writes columns of a row, without their names.
+
+        Args:
+            row: number of the row in this shard.
+            out: column -> array to write, as in `FrameDecoder.decode`.
+            decoder: provides scratch memory.
 
         Raises:
-            DataError: the stored bytes are damaged; names file, row and mend.
+            DataError: the stored bytes are damaged; the message names the file, the row and a fix.
         """
+        stored = self.row(row)
         try:
-            return decode_row(self.row(row), self.encodings, decoder)
+            for column, target in out.items():
+                decoder.decode(column, stored, self.encodings[column], target)
         except DataError as error:
-            raise self.damaged(row, error) from error
+            raise DataError(
+                f"{self.path}, row {row}: {error}; {rebuild_hint(self.path)}"
+            ) from error
 
     def read_ahead(self, row: int, names: Iterable[str]) -> None:
-        """Has the kernel start reading fields of a row, and does not wait for it.
+        """Asks the kernel to read fields of a row, without waiting.
 
-        Fields below a page are left out: a call costs more than the one fault it spares.
+        Fields smaller than a page are skipped: the call costs more than the page fault it avoids.
         """
         for name in names:
             size = self.fields[name].strides[0] if name in self.fields else 0
@@ -70,13 +82,12 @@ class Shard(NamedTuple):
                 page = start - start % mmap.PAGESIZE
                 self.mapping.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
-    def damaged(self, row: int, error: DataError) -> DataError:
-        """Returns the error of a row that cannot be decoded, with file and mend."""
-        return DataError(f"{self.path}, row {row}: {error}; {rebuild(self.path)}")
-
 
 class ColumnView:
-    """A column over several shards: an index or a slice within one shard is a view, else a copy."""
+    """A column of several shards.
+
+    An index, or a slice within one shard, gives a view; any other selection gives a copy.
+    """
 
     def __init__(self, parts: list[NDArray[Any]]) -> None:
         self._parts = parts
@@ -87,12 +98,12 @@ class ColumnView:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Samples first, then the shape of a row."""
+        """Number of samples, then the shape of a row."""
         return (len(self), *self._parts[0].shape[1:])
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored values."""
+        """Dtype of the stored values."""
         return self._parts[0].dtype
 
     def __getitem__(self, key: int | slice | NDArray[np.integer]) -> NDArray[Any]:
@@ -116,10 +127,11 @@ class ColumnView:
 
 
 def map_file(directory: Path, entry: dict[str, Any]) -> mmap.mmap:
-    """Maps a file of a manifest, read-only.
+    """Maps a file that a manifest lists, read-only.
 
     Raises:
-        DataError: the file is missing, of another size, unreadable, or one too many to open.
+        DataError: the file is missing, has another size, cannot be read, or exceeds the limit of
+            open files.
     """
     path = directory / entry["file"]
     try:
@@ -128,22 +140,22 @@ def map_file(directory: Path, entry: dict[str, Any]) -> mmap.mmap:
             if size == entry["bytes"]:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; {rebuild(path)}") from None
+        raise DataError(f"{path} is missing; {rebuild_hint(path)}") from None
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise DataError(
-                f"{directory} has more files than this process may open; allow more with "
+                f"{directory} has more files than this process may open; raise the limit with "
                 "`ulimit -n 8192`, or materialize again with more --rows-per-shard"
             ) from error
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    raise DataError(f"{path} has {size} bytes, expected {entry['bytes']}; {rebuild(path)}")
+    raise DataError(f"{path} has {size} bytes, expected {entry['bytes']}; {rebuild_hint(path)}")
 
 
 def parse(path: Path, mapping: mmap.mmap, entry: dict[str, Any]) -> Shard:
-    """Finds the columns of a mapped file.
+    """Finds the columns in a mapped file.
 
     Raises:
-        DataError: it is no Arrow file, or its schema or rows differ from the manifest.
+        DataError: it is not an Arrow file, or its schema or rows differ from the manifest.
     """
     whole = pa.py_buffer(mapping)
     try:
@@ -151,27 +163,29 @@ def parse(path: Path, mapping: mmap.mmap, entry: dict[str, Any]) -> Shard:
         batch: Any = reader.get_batch(0) if reader.num_record_batches == 1 else None
         names = [] if batch is None else batch.column(NAME).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, UnicodeDecodeError, KeyError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {rebuild(path)}") from error
+        raise DataError(f"{path} cannot be read: {error}; {rebuild_hint(path)}") from error
     encodings: Encodings = entry["encodings"]
     expected = arrow_schema(encodings)
     if batch is None or not batch.schema.equals(expected) or batch.num_rows != entry["rows"]:
         raise DataError(
-            f"{path} does not hold the columns and {entry['rows']} rows that its manifest says; "
-            f"{rebuild(path)}"
+            f"{path} does not have the columns and {entry['rows']} rows listed in its manifest; "
+            f"{rebuild_hint(path)}"
         )
-    for found, wanted in zip(batch.schema, expected, strict=True):
-        about = [json.loads((f.metadata or {}).get(METADATA_KEY, b"null")) for f in (found, wanted)]
-        if about[0] != about[1]:
+    for field, wanted in zip(batch.schema, expected, strict=True):
+        found_json, wanted_json = (
+            json.loads((f.metadata or {}).get(METADATA_KEY, b"null")) for f in (field, wanted)
+        )
+        if found_json != wanted_json:
             raise DataError(
-                f"{path} stores {found.name} as {about[0]}, its manifest says {about[1]}; "
-                f"{rebuild(path)}"
+                f"{path} stores {field.name} as {found_json}, but its manifest has {wanted_json}; "
+                f"{rebuild_hint(path)}"
             )
     fields, offsets = {}, {}
-    for field in all_fields(encodings):
-        buffer = batch.column(field.name).values.buffers()[1]
-        count = entry["rows"] * field.width
-        # From the mapping itself, so that a view's only owner is the mapping.
-        offset = offsets[field.name] = buffer.address - whole.address if count else 0
-        flat = np.frombuffer(mapping, field.dtype, count, offset)
-        fields[field.name] = flat.reshape(entry["rows"], field.width)
+    for stored in all_fields(encodings):
+        buffer = batch.column(stored.name).values.buffers()[1]
+        count = entry["rows"] * stored.width
+        offset = offsets[stored.name] = buffer.address - whole.address if count else 0
+        # From the mapping itself, so that it is the only owner of the views.
+        flat = np.frombuffer(mapping, stored.dtype, count, offset)
+        fields[stored.name] = flat.reshape(entry["rows"], stored.width)
     return Shard(path, encodings, fields, names, mapping, offsets)

@@ -1,6 +1,6 @@
 """Opens shards: read-only mappings of the files, NumPy views of their columns, decoded samples.
 
-Opening checks the manifest, file sizes and schemas; digests are checked by `verify` alone, which
+Opening checks the manifest, file sizes and schemas. Digests are checked only by `verify`, which
 reads every byte.
 """
 
@@ -10,6 +10,8 @@ from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
 
 from pupilseg.shards.codec import FrameDecoder
 from pupilseg.shards.format import COLUMNS, NAME, RAW
@@ -24,15 +26,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class ShardSet:
-    """The samples of one split; made by `open_shards`.
+def new_row() -> dict[str, NDArray[Any]]:
+    """Returns an uninitialized array for each column of a decoded row, without its name."""
+    return {column: np.empty(spec.shape, dtype=spec.dtype) for column, spec in COLUMNS.items()}
 
-    Views stay valid after `close`: the mapping goes when the last view does. Pickling carries the
-    directory only, and the copy opens the files anew; after a fork both processes may read.
+
+class ShardSet:
+    """The samples of one split, opened by `open_shards`.
+
+    Views stay valid after `close`: a mapping is released with its last view. Pickling saves only
+    the directory, and the copy opens the files again. After a fork both processes may read.
 
     Attributes:
-        directory: where the manifest lies.
-        manifest: as in the file.
+        directory: the split's directory.
+        manifest: contents of `manifest.json`.
         shards: the mapped files.
     """
 
@@ -56,11 +63,11 @@ class ShardSet:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns, as in `format.COLUMNS`, then "name"."""
+        """Names of the columns: those of `format.COLUMNS`, then "name"."""
         return [*COLUMNS, NAME]
 
     def encoding(self, column: str) -> str | None:
-        """Returns the encoding of a column where all shards agree, else None."""
+        """Returns the encoding of a column, or None if it differs between shards."""
         found = {shard.encodings[column]["encoding"] for shard in self.shards}
         return found.pop() if len(found) == 1 else None
 
@@ -71,13 +78,13 @@ class ShardSet:
     def __getitem__(self, column: str) -> Any:
         """Returns a column as it is stored, without a copy.
 
-        Raw columns have their decoded shape, e.g. image uint8 (n, 400, 640); encoded ones are
-        (n, width). A read-only NumPy view where the split is one file, a `ColumnView` where it is
-        several. "name" is a list of texts. Also found: "dist_map_first", beside an encoded
+        The result is a read-only NumPy view for a split of one file, and a `ColumnView` for several
+        files. Raw columns have their decoded shape, e.g. image uint8 (n, 400, 640); encoded columns
+        are (n, width). "name" is a list of strings. "dist_map_first" exists beside an encoded
         "dist_map".
 
         Raises:
-            KeyError: no such column, or shards store it in different encodings (`sample` decodes).
+            KeyError: no such column, or shards store it in different encodings; use `sample`.
         """
         self._check_open()
         if column == NAME:
@@ -92,7 +99,7 @@ class ShardSet:
         return parts[0] if len(parts) == 1 else ColumnView(parts)
 
     def locate(self, index: int) -> tuple[Shard, int]:
-        """Returns the shard and the row in it of a sample.
+        """Returns the shard that holds a sample, and the row in that shard.
 
         Raises:
             IndexError: out of range.
@@ -114,19 +121,21 @@ class ShardSet:
             DataError: the stored bytes are damaged.
         """
         shard, row = self.locate(index)
-        return shard.decode(row, FrameDecoder()) | {NAME: shard.names[row]}
+        sample: dict[str, Any] = new_row()
+        shard.decode(row, sample, FrameDecoder())
+        return sample | {NAME: shard.names[row]}
 
     def _check_open(self) -> None:
         if not self.shards:
             raise ValueError(f"the shards of {self.directory} are closed")
 
     def close(self) -> None:
-        """Gives up the mappings; those with living views go with the last of them."""
+        """Releases the mappings; one with views is released with the last of them."""
         self.shards = []
         for mapping in self._mappings:
             try:
                 mapping.close()
-            except BufferError:  # views are alive: the mapping goes with the last of them
+            except BufferError:  # it has views
                 continue
         self._mappings = []
 
@@ -152,13 +161,13 @@ def open_shards(directory: str | Path) -> ShardSet:
     """Opens the shards of a split.
 
     Args:
-        directory: holds `manifest.json`, e.g. DIR/train.
+        directory: contains `manifest.json`, e.g. DIR/train.
 
     Returns:
-        A `ShardSet`; a context manager, closed at the end of its block.
+        A context manager, which closes the shards at the end of its block.
 
     Raises:
-        DataError: no manifest there, another format or version, a file missing, of another size
-            or with other columns than the manifest says. The message names the file and the mend.
+        DataError: no manifest, one of another format or version, or a file that is missing or has
+            another size or other columns than listed. The message names the file and a fix.
     """
     return ShardSet(Path(directory))

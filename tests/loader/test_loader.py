@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 
 from benchmarks.loader import device_speeds
 from pupilseg.errors import DataError, UsageError
-from pupilseg.loader import feed_choice, feeds
+from pupilseg.loader import feeds
 from pupilseg.loader.decode import DECODED, layout_of
 from pupilseg.loader.feeds import THREAD_NAME as POOL_NAME
-from pupilseg.loader.loader import Batch, Loader, epoch_order, make_loader
+from pupilseg.loader.loader import Batch, Loader, Sampling, _choose_feed, epoch_order, make_loader
 from pupilseg.runtime.threads import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
-from pupilseg.shards.format import stored_fields
+from pupilseg.shards.codec import stored_fields
 from pupilseg.shards.mapped import Shard
 from tests.helpers.fakes import FakeDataset
 from tests.helpers.memory_limit import limited_memory
@@ -159,7 +159,7 @@ def test_drawing_a_batch_does_not_wait_for_the_device(few, mode):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_a_device_that_is_not_there_is_refused(few):
-    with pytest.raises(UsageError, match="device 'cuda' is not there"):
+    with pytest.raises(UsageError, match="device 'cuda' is not available"):
         make_loader(few, batch_size=1, device="cuda")
 
 
@@ -167,10 +167,12 @@ def test_a_device_that_is_not_there_is_refused(few):
     ("options", "message"),
     [
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"batch_size": 0}, "batch_size = 0"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"mode": "fast"}, "unknown loader mode 'fast'; choose one of: auto"),
-        ({"rank": 2, "world_size": 2}, "rank = 2"),
-        ({"limit": 0}, "limit = 0"),
+        ({"rank": 2, "world_size": 2}, r"rank is 2, expected 0\.\.1"),
+        ({"limit": 0}, "limit is 0, expected at least 1"),
+        ({"ring": 1}, "ring is 1, expected at least 2"),
+        ({"threads": -1}, "threads is -1, expected at least 0"),
         ({"columns": ("image", "mask")}, "unknown columns .'mask'"),
     ],
 )
@@ -226,13 +228,8 @@ class NoFeed:
 
 def order_loader(samples, batch_size, **options):
     defaults = {"shuffle": True, "seed": 0, "drop_last": False, "rank": 0, "world_size": 1}
-    return Loader(
-        NoFeed(),
-        samples=samples,
-        batch_size=batch_size,
-        device=torch.device("cpu"),
-        **(defaults | options),
-    )
+    sampling = Sampling(samples, batch_size, **(defaults | options))
+    return Loader(NoFeed(), sampling, torch.device("cpu"))
 
 
 plans = {
@@ -335,7 +332,7 @@ def test_a_state_of_other_settings_is_refused():
     for options in ({"seed": 1}, {"shuffle": False}, {"drop_last": True}):
         with pytest.raises(UsageError, match=next(iter(options))):
             order_loader(30, 4, **options).load_state_dict(state)
-    with pytest.raises(UsageError, match="samples = 30, this loader 31"):
+    with pytest.raises(UsageError, match="samples = 30, this loader has 31"):
         order_loader(31, 4).load_state_dict(state)
     with pytest.raises(UsageError, match="at batch 9 of 8"):
         order_loader(30, 4).load_state_dict(state | {"position": 9})
@@ -554,8 +551,9 @@ def test_speeds_on_the_device(few):
 def test_mode_and_reason_are_in_the_log(few, caplog):
     caplog.set_level("INFO", "pupilseg")
     for mode, text in {
+        "mapping": "loader: mapping (0.01 GB packed, decoded on the CPU for cpu)",
         "auto": "loader: mapping (0.01 GB packed, decoded on the CPU for cpu)",
-        "resident": "loader: resident (as asked, 0.01 GB packed on cpu)",
+        "resident": "loader: resident (as requested, 0.01 GB packed on cpu)",
     }.items():
         make_loader(few, batch_size=2, mode=mode).close()
         assert caplog.messages[-1] == text
@@ -571,7 +569,7 @@ def test_mode_and_reason_are_in_the_log(few, caplog):
 def test_auto_on_a_device(needed, mode, text, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(8e9), int(80e9)))
     caplog.set_level("INFO", "pupilseg")
-    assert feed_choice._choose_mode("auto", int(needed), torch.device("cuda:0")) == mode
+    assert _choose_feed("auto", int(needed), torch.device("cuda:0")) == mode
     assert caplog.messages == [f"loader: {text}"]
 
 

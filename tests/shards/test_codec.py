@@ -111,9 +111,9 @@ def test_decoded_distances_equal_the_tables_for_every_integer(start):
 @pytest.mark.parametrize(
     ("row", "column", "message"),
     [
-        pytest.param(7, None, "begins row 7 with the squared distance", id="first of a row"),
-        pytest.param(20, None, "begins row 0 with the squared distance", id="first of a band"),
-        pytest.param(9, 0, "begins row 9 with the squared distance", id="word of the first pixel"),
+        pytest.param(7, None, "starts row 7 with the squared distance", id="first of a row"),
+        pytest.param(20, None, "starts row 0 with the squared distance", id="first of a band"),
+        pytest.param(9, 0, "starts row 9 with the squared distance", id="word of the first pixel"),
         pytest.param(20, 600, r"squared distances -?\d+..\d+, expected 0..567522", id="word"),
     ],
 )
@@ -130,10 +130,10 @@ def test_damaged_distances_are_found(row, column, message):
         codec.FrameDecoder().distances(words, first, codec.pack_bits(mask), out)
 
 
-def test_image_is_normalised_as_defined():
+def test_image_is_normalized_as_defined():
     image = (np.arange(HEIGHT * WIDTH) % 256).astype(np.uint8).reshape(SHAPE)
     out = np.empty(SHAPE, dtype=np.float32)
-    codec.FrameDecoder().image(image, out)
+    codec.write_network_input(image, out)
     wanted = (torch.from_numpy(image).float() / 255 - 0.5) / 0.5
     np.testing.assert_array_equal(out, wanted.numpy())
     assert out.min() == -1

@@ -151,7 +151,7 @@ def test_every_damaged_file_is_named_and_mended_alone(tmp_path):
         *("shard-00001", "shard-00002", "shard-00003")
     ]
     for line in lines:
-        (tmp_path / re.search(r"remove (\S+) and make it again", line)[1]).unlink()
+        (tmp_path / re.search(r"remove (\S+) and rebuild it", line)[1]).unlink()
     write_shards(dataset, "train", tmp_path, rows_per_shard=2)
     assert contents(tmp_path) == wanted
     untouched = tmp_path / "shard-00000.arrow"

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pupilseg.cli import main
+from pupilseg.cli.main import main
 from pupilseg.shards import open_shards, write_shards
 from tests.helpers.fakes import FakeDataset
 from tests.helpers.paths import ROOT
