@@ -1,1 +1,1 @@
-"""Where the numbers of README.md and docs/benchmarks.md come from."""
+"""The programs that measure the numbers in README.md and docs/benchmarks.md."""

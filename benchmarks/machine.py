@@ -1,4 +1,4 @@
-"""One line on the machine and versions that a measurement was made with."""
+"""Describes the machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 def machine_line(*modules: str) -> str:
-    """Returns processor, cores, Python and the packages that modules come from, where installed.
+    """Returns the processor, its cores, and the versions of Python and of packages.
 
     Args:
-        *modules: as imported; `cv2` comes from opencv-python or opencv-python-headless.
+        *modules: import names, such as `cv2`, which opencv-python or opencv-python-headless
+            provides. Modules that are not installed are left out.
     """
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

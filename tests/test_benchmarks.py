@@ -1,4 +1,4 @@
-"""Benchmarks run and print their tables; what they measure is not asserted."""
+"""Each benchmark runs and prints its table; the measured values are not tested."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.integration
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("line", "text"),
     [

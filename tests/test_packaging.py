@@ -1,4 +1,4 @@
-"""The wheel holds all that the package needs, and predicts right after install."""
+"""The wheel is complete, and predicts with the packages of its `predict` extra alone."""
 
 import os
 import subprocess
@@ -12,29 +12,29 @@ from pupilseg.synthetic import render
 from tests.helpers.checkout import copy_checkout
 from tests.helpers.paths import ROOT
 
-BROUGHT = {"jinja2", "numpy", "opencv-python", "onnxruntime", "tqdm"}
-"""What `pip install pupilseg[predict]` brings."""
-FIRST = """
+REQUIRED = {"filelock", "jinja2", "numpy", "onnxruntime", "opencv-python", "tqdm"}
+"""The packages that `pip install pupilseg[predict]` names."""
+PROGRAM = """
 import importlib.abc, sys
 class NotInstalled(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name in {absent!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, NotInstalled())
-from pupilseg.cli import main
+from pupilseg.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def names_of(requirements):
-    """Returns the packages in requirements such as "numpy>=1.26"."""
+    """Returns the names in requirements such as "numpy>=1.26"."""
     return {text.split(">")[0].split("[")[0] for text in requirements}
 
 
-def test_predicting_asks_for_five_packages():
+def test_prediction_requires_six_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + project["optional-dependencies"]["predict"]
-    assert names_of(asked) == BROUGHT
+    requirements = project["dependencies"] + project["optional-dependencies"]["predict"]
+    assert names_of(requirements) == REQUIRED
 
 
 @pytest.mark.integration
@@ -59,7 +59,7 @@ def test_the_wheel_predicts_without_the_other_packages(tmp_path):
     extras = project["optional-dependencies"]
     others = set().union(*(names_of(extras[name]) for name in ("train", "data", "track", "export")))
     cv2.imwrite(str(tmp_path / "eye.png"), render(1).image)
-    code = FIRST.format(absent=sorted(others - BROUGHT | {"matplotlib", "yaml"}))
+    code = PROGRAM.format(absent=sorted(others - REQUIRED | {"matplotlib", "yaml"}))
     done = subprocess.run(
         [sys.executable, "-c", code, "predict", "eye.png"],
         cwd=tmp_path,
