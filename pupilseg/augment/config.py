@@ -1,8 +1,9 @@
-"""How strongly to augment."""
+"""Strengths of the augmentation. Imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pupilseg.errors import UsageError
 
@@ -10,47 +11,47 @@ SHARES = ("flip", "scale", "shift", "streaks", "blur")
 LARGEST_SIGMA = 2.0
 
 
+def _strength(default: float, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True, slots=True)
 class AugmentConfig:
-    """How strongly to augment; 0 switches a part off.
+    """Strength of each part of the augmentation; 0 turns a part off.
 
-    One random number decides of scale and shift, so that with equal shares the same frames get
-    both: a frame that moves at all needs new targets, which is most of the cost.
+    Each field's metadata holds its help text. One random number decides on both scale and shift:
+    with equal shares, the same frames get both, because a frame that moves at all needs new
+    targets, which is most of the cost.
 
     Raises:
-        UsageError: a value that makes no sense; the message names it.
-
-    Attributes:
-        flip: share of frames mirrored left to right.
-        scale: share of frames scaled to a drawn pupil radius (blinks: by a drawn factor).
-        radius_min: least drawn radius, px, the mean of both semi-axes; drawn log-uniformly.
-        radius_max: largest drawn radius, px.
-        shift: share of frames shifted.
-        reach: largest shift, as a part of width and of height; the pupil's centre stays in view.
-        streaks: share of frames with bright streaks, as spectacles show.
-        blur: share of frames blurred.
-        blur_sigma: largest standard deviation of the Gaussian blur, px, up to 2.
-        gamma: exponent exp(U(-gamma, gamma)) on the [0, 1] image.
-        gain: the image is scaled about black by exp(U(-gain, gain)).
-        offset: added brightness, U(-offset, offset), in units of the [-1, 1] range.
-        noise: standard deviation, up to U(0, noise), of Gaussian noise on white, in the [-1, 1]
-            range; half as much on black, linear in between, much as shot and read noise of a sensor
-            add up.
+        UsageError: a value is out of range.
     """
 
-    flip: float = 0.5
-    scale: float = 0.25
-    radius_min: float = 15.0
-    radius_max: float = 65.0
-    shift: float = 0.25
-    reach: float = 0.1
-    streaks: float = 0.15
-    blur: float = 0.2
-    blur_sigma: float = 2.0
-    gamma: float = 0.2
-    gain: float = 0.3
-    offset: float = 0.1
-    noise: float = 0.05
+    flip: float = _strength(0.5, "share of frames mirrored left to right")
+    scale: float = _strength(
+        0.25, "share of frames scaled to a random pupil radius (blinks: by a random factor)"
+    )
+    radius_min: float = _strength(
+        15.0, "smallest pupil radius after scaling, in px, log-uniform; mean of both semi-axes"
+    )
+    radius_max: float = _strength(65.0, "largest pupil radius after scaling, in px")
+    shift: float = _strength(0.25, "share of frames shifted")
+    reach: float = _strength(
+        0.1, "largest shift as a fraction of width and height; the pupil's center stays in view"
+    )
+    streaks: float = _strength(0.15, "share of frames with bright streaks, as spectacles cause")
+    blur: float = _strength(0.2, "share of frames blurred")
+    blur_sigma: float = _strength(
+        LARGEST_SIGMA, f"largest sigma of the Gaussian blur, in px, at most {LARGEST_SIGMA:g}"
+    )
+    gamma: float = _strength(0.2, "exponent exp(U(-gamma, gamma)) on the image in [0, 1]")
+    gain: float = _strength(0.3, "brightness factor exp(U(-gain, gain))")
+    offset: float = _strength(0.1, "added brightness U(-offset, offset), image in [-1, 1]")
+    noise: float = _strength(
+        0.05,
+        "largest standard deviation of Gaussian noise on white, image in [-1, 1]; on black half "
+        "of it, linear in between, as shot noise and read noise add up in a sensor",
+    )
 
     def __post_init__(self) -> None:
         for name in SHARES:
@@ -59,19 +60,9 @@ class AugmentConfig:
         if not 0 < self.radius_min <= self.radius_max:
             raise UsageError(
                 f"augment: radii from {self.radius_min} to {self.radius_max} px, expected "
-                "0 < radius_min <= radius_max; to leave sizes as they are set scale = 0"
+                "0 < radius_min <= radius_max; to keep the sizes as they are, set scale = 0"
             )
         if not 0 <= self.blur_sigma <= LARGEST_SIGMA:
             raise UsageError(
                 f"augment: blur_sigma = {self.blur_sigma} px, expected 0 to {LARGEST_SIGMA}"
             )
-
-    @property
-    def moves(self) -> bool:
-        """Whether any frame can be scaled or shifted."""
-        return self.scale > 0 or (self.shift > 0 and self.reach > 0)
-
-    @property
-    def toned(self) -> bool:
-        """Whether gamma, gain or offset can change."""
-        return bool(self.gamma or self.gain or self.offset)

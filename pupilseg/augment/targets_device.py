@@ -1,8 +1,9 @@
-"""Targets of a label, exact, for whole batches in torch: on any device, without waiting for it.
+"""Exact targets of whole batches of labels in torch, on any device.
 
-The same numbers as `pupilseg.maps` and `geometry.ellipse_vector` give frame by frame on the CPU:
-squared distances, distance maps and weights to the bit, ellipses to 1e-6. Nothing here depends on
-values that the host would have to see, so that all of it compiles and none of it synchronises.
+The results equal those of `pupilseg.maps` and `geometry.ellipse_vector` for each frame: squared
+distances, distance maps and weights to the bit, ellipses within 1e-6. No value is read back to the
+host, so everything compiles and nothing synchronizes. Numbers are inserted with `masked_fill`,
+because `torch.where` copies a Python number to CUDA and waits for the copy.
 """
 
 from __future__ import annotations
@@ -15,31 +16,25 @@ from pupilseg.geometry import RADIUS_UNIT
 from pupilseg.maps import CANNY_THRESHOLDS, DILATION_KERNEL, EDGE_WEIGHT, MAX_DISTANCE_SQUARED
 
 FAR = 1 << 14
-"""Rows, more than any frame has; its square exceeds every u^2 in a frame and fits int32."""
+"""More rows than any frame has; the square exceeds every u^2 in a frame and fits into int32."""
 BLOCK_VALUES = 1 << 24
-"""Values of one temporary of the uncompiled row pass: 64 MiB as int32."""
+"""Size of one temporary of the uncompiled row pass: 64 MiB as int32."""
 CANNY_SHIFT = 15
 TAN_22_5 = 13573
-"""tan(22.5 degrees) in 15 fractional bits, as OpenCV's `canny.cpp` has it (`TG22`)."""
+"""tan(22.5 degrees) with 15 fractional bits, the constant `TG22` in OpenCV's `canny.cpp`."""
+WEIGHT = float(EDGE_WEIGHT)
+"""A Python number: converting NumPy's while tracing breaks the graph."""
 assert CANNY_THRESHOLDS[1] < 255, "any step of a 0/255 image must be a strong edge"
 assert DILATION_KERNEL.shape == (2, 1), "the dilation below is that of a 2 x 1 column"
-
-
-def unless(condition: Tensor, values: Tensor, number: float) -> Tensor:
-    """Returns the values, and a number where the condition holds.
-
-    `torch.where` copies a number to CUDA, and waits for the copy; this does not.
-    """
-    return values.masked_fill(condition, number)
 
 
 def squared_distance(label: Tensor) -> Tensor:
     """Returns u^2: the exact squared Euclidean distance of each pixel to the other class.
 
-    Separable (Felzenszwalb & Huttenlocher, Distance transforms of sampled functions, 2012): down
-    the columns by cumulative extrema, then along each row the least of
-    g(x')^2 + (x - x')^2 over x'. One pass serves both classes, because a pixel only asks for the
-    other one: in its own class x' counts with g, the distance within its column, else with 0.
+    Separable (Felzenszwalb & Huttenlocher, Distance transforms of sampled functions, 2012):
+    cumulative extrema along the columns give the distance g within a column, then each row takes
+    the minimum of g(x')^2 + (x - x')^2 over x'. A single pass serves both classes, because a pixel
+    needs the distance to the other class only: g(x') is 0 where x' is of the other class.
 
     Args:
         label: (N, H, W), any dtype, non-zero is pupil; up to 400 x 640.
@@ -51,9 +46,9 @@ def squared_distance(label: Tensor) -> Tensor:
     height = pupil.shape[1]
     row = torch.arange(height, dtype=torch.int32, device=pupil.device)[:, None]
     steps = pupil[:, 1:] != pupil[:, :-1]
-    # Where the class changes, the row before a pixel is the nearest above of the other class.
-    above = F.pad(unless(~steps, row[:-1], -FAR), (0, 0, 1, 0), value=-FAR)
-    below = F.pad(unless(~steps, row[1:], FAR), (0, 0, 0, 1), value=FAR)
+    # Where the class changes between two rows, each is the other's nearest row of the other class.
+    above = F.pad(row[:-1].masked_fill(~steps, -FAR), (0, 0, 1, 0), value=-FAR)
+    below = F.pad(row[1:].masked_fill(~steps, FAR), (0, 0, 0, 1), value=FAR)
     nearest_above = above.cummax(dim=1).values
     nearest_below = below.flip(1).cummin(dim=1).values.flip(1)
     column = torch.minimum(row - nearest_above, nearest_below - row)
@@ -62,7 +57,7 @@ def squared_distance(label: Tensor) -> Tensor:
 
 def _along_rows(column: Tensor, pupil: Tensor) -> Tensor:
     """Returns u^2 from the squared distances within columns, both (rows, W)."""
-    if torch.compiler.is_compiling():  # one fused kernel: nothing of size W x W is ever stored
+    if torch.compiler.is_compiling():  # one fused kernel that stores nothing of size W x W
         return _least_in_row(column, pupil)
     rows = max(1, BLOCK_VALUES // column.shape[1] ** 2)
     blocks = zip(column.split(rows), pupil.split(rows), strict=True)
@@ -70,20 +65,20 @@ def _along_rows(column: Tensor, pupil: Tensor) -> Tensor:
 
 
 def _least_in_row(column: Tensor, pupil: Tensor) -> Tensor:
-    """Returns the least of g(x')^2 + (x - x')^2 over x', int32 (rows, W)."""
+    """Returns the minimum of g(x')^2 + (x - x')^2 over x', int32 (rows, W)."""
     x = torch.arange(column.shape[1], dtype=torch.int32, device=column.device)
     across = (x[:, None] - x).square()
     same_class = pupil[:, :, None] == pupil[:, None, :]
-    least = (unless(~same_class, column[:, None, :], 0) + across).amin(dim=2)
+    least = (column[:, None, :].masked_fill(~same_class, 0) + across).amin(dim=2)
     return least.clamp(max=MAX_DISTANCE_SQUARED)
 
 
 def spatial_weights(label: Tensor) -> Tensor:
-    """Returns the extra cross-entropy weight near the boundary, as `maps.spatial_weights`.
+    """Returns the extra cross-entropy weight near the boundary, like `maps.spatial_weights`.
 
-    On a two-valued image any step is a strong edge, so Canny's tracing of weak ones has nothing to
-    do and what remains is local: Sobel with replicated border, L1 magnitude, zero beyond the
-    border, and OpenCV's suppression of what is no maximum across the edge (`canny.cpp`).
+    In a two-valued image every step is a strong edge, so Canny's hysteresis has nothing to trace.
+    The remaining steps are local: Sobel with replicated border, L1 magnitude, zero outside the
+    frame, and OpenCV's non-maximum suppression across the edge (`canny.cpp`).
 
     Args:
         label: (N, H, W), any dtype, non-zero is pupil.
@@ -91,7 +86,7 @@ def spatial_weights(label: Tensor) -> Tensor:
     Returns:
         float32 (N, H, W) of {0, 20}.
     """
-    # Padding by indices: torch replicates borders of floating-point tensors only.
+    # Padded by indexing: torch replicates the border of floating-point tensors only.
     height, width = label.shape[1:]
     y = torch.arange(-1, height + 1, device=label.device).clamp(0, height - 1)
     x = torch.arange(-1, width + 1, device=label.device).clamp(0, width - 1)
@@ -102,30 +97,30 @@ def spatial_weights(label: Tensor) -> Tensor:
     size = step_x.abs() + step_y.abs()
     padded = F.pad(size, (1, 1, 1, 1))
 
-    def neighbour(dy: int, dx: int) -> Tensor:
+    def neighbor(dy: int, dx: int) -> Tensor:
         return padded[:, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
 
     rise = step_y.abs() << CANNY_SHIFT
     flat = step_x.abs() * TAN_22_5
     steep = flat + (step_x.abs() << (CANNY_SHIFT + 1))
-    level_edge = (size > neighbour(0, -1)) & (size >= neighbour(0, 1))
-    upright_edge = (size > neighbour(-1, 0)) & (size >= neighbour(1, 0))
+    level_edge = (size > neighbor(0, -1)) & (size >= neighbor(0, 1))
+    upright_edge = (size > neighbor(-1, 0)) & (size >= neighbor(1, 0))
     falling = (step_x ^ step_y) < 0
-    before = torch.where(falling, neighbour(-1, 1), neighbour(-1, -1))
-    after = torch.where(falling, neighbour(1, -1), neighbour(1, 1))
+    before = torch.where(falling, neighbor(-1, 1), neighbor(-1, -1))
+    after = torch.where(falling, neighbor(1, -1), neighbor(1, 1))
     oblique_edge = (size > before) & (size > after)
     edge = torch.where(
         rise < flat, level_edge, torch.where(rise > steep, upright_edge, oblique_edge)
     )
-    weight = (edge & (size > 0)) * float(EDGE_WEIGHT)
-    # Each edge pixel, and the one below it. Padded as floats: Inductor's C++ for bools is broken.
+    weight = (edge & (size > 0)) * WEIGHT
+    # Each edge pixel and the one below it. Padded as float: Inductor's C++ code for bool is broken.
     return torch.maximum(weight, F.pad(weight[:, :-1], (0, 0, 1, 0)))
 
 
 def ellipse_vectors(label: Tensor) -> Tensor:
-    """Returns the upright ellipses with the labels' second moments, as `geometry.ellipse_vector`.
+    """Returns the upright ellipses with the labels' second moments, like `geometry.ellipse_vector`.
 
-    The moments are exact integers, so that float32 is enough for what follows.
+    The moments are exact integers, so float32 suffices for the rest.
 
     Args:
         label: (N, H, W), any dtype, non-zero is pupil.
@@ -142,9 +137,9 @@ def ellipse_vectors(label: Tensor) -> Tensor:
         counts = pupil.sum(dim=dim)
         place = torch.arange(length, device=pupil.device)
         first, second = (counts * place).sum(dim=1), (counts * place.square()).sum(dim=1)
-        # At most 256,000 * 256,000 * 639^2 = 2.7e16: exact in int64.
+        # At most 256,000^2 * 639^2 = 2.7e16: exact in int64.
         variance = (pixels * second - first.square()).float() / pixels.float().square()
         center.append(first.float() / pixels / length)
         axis.append(2 * variance.sqrt() / RADIUS_UNIT)
     vectors = torch.stack([*center, *axis], dim=1)
-    return unless(area[:, None] == 0, vectors, 0.0)
+    return vectors.masked_fill(area[:, None] == 0, 0)

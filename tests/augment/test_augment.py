@@ -1,18 +1,22 @@
-"""Augmentation keeps every target with its image, and writes to nobody's buffers."""
+"""Augmentation keeps targets consistent with images and does not write to its input."""
 
+import subprocess
+import sys
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from pupilseg.augment import AugmentConfig, augment
-from pupilseg.augment.dense import augment_dense
-from pupilseg.augment.host import augment_on_host
-from pupilseg.augment.plan import RAYS, Plan, make_plan, noise_field
+from pupilseg.augment import AugmentConfig, apply, augment
+from pupilseg.augment.apply import augment_on_device, augment_on_host, constants, make_plan
+from pupilseg.augment.move import warp
+from pupilseg.augment.part import Part
+from pupilseg.augment.parts import PARTS
+from pupilseg.augment.streaks import RAYS
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, RADIUS_UNIT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
-from pupilseg.loader.decode import distance_table
 from pupilseg.loader.loader import Batch
 from pupilseg.maps import distance_maps, spatial_weights
 from pupilseg.runtime.distributed import Ranks
@@ -24,7 +28,7 @@ STILL = AugmentConfig(
 )
 FLIP = replace(STILL, flip=1)
 MOVE = replace(STILL, scale=1, shift=1)
-PARTS = {
+SINGLE = {
     "flip": FLIP,
     "scale": replace(STILL, scale=1),
     "shift": replace(STILL, shift=1),
@@ -51,8 +55,8 @@ def bits(array):
     return np.asarray(array).view(np.int32)
 
 
-def dense(batch, plan, config):
-    return augment_dense(batch, plan, config, distance_table(CPU), noise_field(CPU))
+def on_device(batch, plan, config):
+    return augment_on_device(batch, plan, config, constants(config, CPU))
 
 
 def discs(radii, centers=None):
@@ -63,12 +67,38 @@ def discs(radii, centers=None):
     ]
 
 
+def plan_with(plan, **changes):
+    """Returns a plan with some values replaced: name -> value of every frame."""
+    n = len(plan["flip"].flip)
+    values = {name: torch.as_tensor(value) for name, value in changes.items()}
+    values = {name: value.expand(n, *value.shape) for name, value in values.items()}
+    changed = {}
+    for part, drawn in plan.items():
+        own = {name: values.pop(name) for name in drawn._fields if name in values}
+        changed[part] = drawn._replace(**own)
+    assert not values
+    return changed
+
+
 def still_plan(batch, **changes):
-    """A plan that does nothing but what is given, the same for each frame."""
-    plan = make_plan(batch, STILL, generator())
-    n = len(batch)
-    given = {k: torch.as_tensor(v).expand(n, *torch.as_tensor(v).shape) for k, v in changes.items()}
-    return plan._replace(**given)
+    """Returns a plan that does nothing except for the given values, the same for each frame."""
+    return plan_with(make_plan(batch, STILL, generator()), **changes)
+
+
+def pupils(radii):
+    """Returns a batch to draw plans for: ellipses of discs in the middle, and no pixels."""
+    empty = torch.empty(0)
+    radius = torch.as_tensor(radii, dtype=torch.float32) / RADIUS_UNIT
+    ellipse = torch.stack([radius.sign() / 2, radius.sign() / 2, radius, radius], dim=1)
+    n = len(radii)
+    return Batch(
+        image=torch.zeros(n, 1, 1, 1),
+        label=torch.zeros(n, 1, 1),
+        spatial_weights=empty,
+        dist_map=empty,
+        ellipse=ellipse,
+        index=torch.arange(n),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +106,29 @@ def batch():
     return random_batch(4, seed=3, blink=True)
 
 
-def test_everything_off_changes_nothing(batch):
-    out = augment(batch, STILL, generator())
-    for name in copy_of(batch):
-        assert torch.equal(getattr(out, name), getattr(batch, name)), name
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"shift": 1, "reach": 0}, {"blur": 1, "blur_sigma": 0}],
+    ids=["all", "reach", "sigma"],
+)
+def test_a_configuration_that_is_off_changes_nothing(batch, changes):
+    # A pupil whose center lies outside the frame: only a shift moves it into view.
+    outside = replace(batch, ellipse=batch.ellipse - torch.tensor([1.0, 0, 0, 0]))
+    config = replace(STILL, **changes)
+    for form in (augment_on_host, on_device):
+        out = form(outside, make_plan(outside, config, generator()), config)
+        for name in copy_of(outside):
+            assert torch.equal(getattr(out, name), getattr(outside, name)), name
 
 
 # --- targets follow the label ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [*PARTS.values(), AugmentConfig()], ids=[*PARTS, "all"])
+@pytest.mark.parametrize("config", [*SINGLE.values(), AugmentConfig()], ids=[*SINGLE, "all"])
 def test_targets_are_those_of_the_label(batch, config):
     for seed in range(3):
         out = augment(batch, config, generator(seed))
-        moved = make_plan(batch, config, generator(seed)).moved
+        moved = make_plan(batch, config, generator(seed))["move"].moved
         for row, label in enumerate(out.label.numpy()):
             np.testing.assert_array_equal(bits(out.dist_map[row]), bits(distance_maps(label)))
             np.testing.assert_allclose(out.ellipse[row], ellipse_vector(label), atol=1e-5, rtol=0)
@@ -99,7 +138,7 @@ def test_targets_are_those_of_the_label(batch, config):
 
 
 @pytest.mark.parametrize("place", [(-12, 5), (WIDTH + 8, 200), (300, -9), (5, HEIGHT + 10)])
-def test_targets_hold_for_a_pupil_that_the_border_cuts(place):
+def test_targets_are_exact_for_a_pupil_cut_by_the_border(place):
     batch = batch_of(discs([30, 11, 25], [place, (320, 3), (638, 398)]))
     for seed in range(3):
         out = augment(batch, MOVE, generator(seed))
@@ -115,13 +154,13 @@ def test_a_label_that_loses_its_pupil_becomes_a_blink():
     out = augment_on_host(batch, plan, MOVE)
     for name in ("label", "spatial_weights", "dist_map", "ellipse"):
         assert torch.equal(getattr(out, name)[0], getattr(batch, name)[1]), name
-    far = dense(batch, plan, MOVE)
+    far = on_device(batch, plan, MOVE)
     for name in MOVED:
         assert torch.equal(getattr(far, name), getattr(out, name)), name
 
 
-def test_a_frame_full_of_pupil_has_its_maps():
-    """A crop inside a huge pupil: background is absent, which is not a blink."""
+def test_a_frame_full_of_pupil_has_exact_targets():
+    """A crop inside a huge pupil: the background is absent, which is not a blink."""
     batch = batch_of([np.pad(np.ones((300, 500), np.uint8), ((50, 50), (70, 70)))])
     plan = still_plan(batch, moved=True, width=1280, height=800, left=-320, top=-200)
     out = augment_on_host(batch, plan, MOVE)
@@ -156,7 +195,7 @@ def test_two_flips_are_none(batch):
 
 
 def test_a_frame_is_flipped_as_a_whole_or_not_at_all(batch):
-    """With half a probability both happen, each with all of its frame's targets."""
+    """At a probability of one half both happen, each with all targets of the frame."""
     flips = set()
     for seed in range(8):
         out = augment(batch, replace(STILL, flip=0.5), generator(seed))
@@ -174,7 +213,7 @@ def test_a_frame_is_flipped_as_a_whole_or_not_at_all(batch):
 
 
 @pytest.mark.parametrize("wanted", [15.0, 28.5, 50.0])
-def test_scale_gives_the_radius_asked_for(wanted):
+def test_scale_gives_the_requested_radius(wanted):
     radii = [r for r in (10, 20, 33, 47, 80, 95) if 0.5 <= wanted / r <= 2]
     batch = batch_of(discs(radii))
     config = replace(STILL, scale=1, radius_min=wanted, radius_max=wanted)
@@ -184,8 +223,8 @@ def test_scale_gives_the_radius_asked_for(wanted):
 
 
 @pytest.mark.parametrize("flip", [0, 1])
-def test_a_scaled_pupil_stays_where_it_was_or_where_its_mirror_image_is(flip):
-    """The centre is the fixed point, up to the whole pixel that frames are placed on."""
+def test_a_scaled_pupil_stays_in_place_or_at_its_mirror_image(flip):
+    """The center is the fixed point, up to rounding: frames are placed at whole pixels."""
     batch = batch_of(discs([20, 45], [(250, 180), (480, 240)]))
     for seed in range(4):
         out = augment(batch, replace(STILL, scale=1, flip=flip), generator(seed))
@@ -195,7 +234,7 @@ def test_a_scaled_pupil_stays_where_it_was_or_where_its_mirror_image_is(flip):
         assert ((out.ellipse - batch.ellipse)[:, 1] * HEIGHT).abs().max() < 0.6
 
 
-def test_a_scaled_ellipse_is_that_of_the_scaled_mask():
+def test_a_scaled_ellipse_matches_the_scaled_mask():
     ellipse = Ellipse(300.0, 180.0, 40.0, 28.0, 0.6)
     batch = batch_of([ellipse_mask(ellipse)])
     for width, height in ((448, 280), (800, 500), (1120, 700)):
@@ -209,15 +248,9 @@ def test_a_scaled_ellipse_is_that_of_the_scaled_mask():
 
 
 def test_scales_are_bounded_and_radii_log_uniform():
-    batch = batch_of(discs([8, 30, 120]))
-    blink = batch_of([np.zeros((HEIGHT, WIDTH), np.uint8)])
-
-    def scales(of, seeds):
-        config = replace(STILL, scale=1)
-        plans = [make_plan(of, config, generator(seed)) for seed in range(seeds)]
-        return torch.stack([plan.width for plan in plans]).double() / WIDTH
-
-    small, middle, large = scales(batch, 600).T
+    batch = pupils([8, 30, 120, 0] * 600)
+    width = make_plan(batch, replace(STILL, scale=1), generator())["move"].width
+    small, middle, large, blink = (width.double() / WIDTH).view(600, 4).T
     assert small.min() >= 15 / 8 - 0.02  # wants at least 15 / 8
     assert small.max() == 2
     assert large.min() == 0.5
@@ -227,11 +260,11 @@ def test_scales_are_bounded_and_radii_log_uniform():
     assert radius.max() <= 60.05  # 65 would be more than twice the size
     share = torch.log(radius[radius < 60] / 15) / np.log(65 / 15)
     np.testing.assert_allclose(np.quantile(share, [0.25, 0.5, 0.75]), [0.24, 0.47, 0.71], atol=0.05)
-    factor = scales(blink, 600).log2()
+    factor = blink.log2()
     np.testing.assert_allclose(np.quantile(factor, [0, 0.5, 1]), [-1, 0, 1], atol=0.1)
 
 
-def test_the_pupils_centre_stays_in_view():
+def test_the_pupils_center_stays_in_view():
     places = [(3.0, 4.0), (636.0, 200.0), (320.0, 396.0), (320.0, 200.0)]
     batch = batch_of(discs([25] * 4, places))
     far = replace(MOVE, reach=0.6)
@@ -243,7 +276,7 @@ def test_the_pupils_centre_stays_in_view():
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [(320, 200), (450, 281), (640, 400), (903, 564), (1280, 800)])
 def test_image_and_label_stay_registered(size, flip):
-    """The centre of what is dark in the image is the centre of the label."""
+    """The center of the dark pixels in the image is the center of the label."""
     batch = batch_of(discs([24], [(330, 190)]))
     batch = replace(batch, image=1 - 2 * batch.label[:, None].float())
     left, top = 300 - round(330 * size[0] / WIDTH), 210 - round(190 * size[1] / HEIGHT)
@@ -262,7 +295,7 @@ def test_image_and_label_stay_registered(size, flip):
     assert abs(dark.sum() / label.sum() - 1) < 0.04
 
 
-def test_outside_of_the_frame_lies_a_flat_border():
+def test_the_area_outside_the_frame_is_flat():
     batch = batch_of(discs([30]))
     batch = replace(batch, image=torch.zeros_like(batch.image))
     plan = still_plan(batch, moved=True, width=320, height=200, left=100, top=50, border=-0.75)
@@ -270,43 +303,43 @@ def test_outside_of_the_frame_lies_a_flat_border():
     wanted = torch.full((HEIGHT, WIDTH), -0.75)
     wanted[50:250, 100:420] = 0
     assert torch.equal(image, wanted)
-    levels = (make_plan(random_batch(64), MOVE, generator()).border + 1) / 2
+    levels = (make_plan(pupils([30] * 64), MOVE, generator())["move"].border + 1) / 2
     assert levels.min() >= 0
     assert levels.max() <= 0.6
     assert 0.4 < (levels < 33 / 255).float().mean() < 0.8
 
 
-def test_one_draw_decides_of_scale_and_shift():
-    batch = batch_of(discs([30] * 64))
-    both = make_plan(batch, replace(STILL, scale=0.5, shift=0.5), generator())
+def test_one_draw_decides_on_scale_and_shift():
+    config = replace(STILL, scale=0.5, shift=0.5)
+    both = make_plan(pupils([30] * 64), config, generator())["move"]
     assert 20 <= both.moved.sum() <= 44
     assert torch.equal(both.moved, both.width != WIDTH)
 
 
-# --- what changes the image alone -----------------------------------------------------------------
+# --- parts that change the image only -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", IMAGE_PARTS[1:])
-def test_other_parts_change_each_frame_and_nothing_but_the_image(batch, part):
-    out = augment(batch, PARTS[part], generator(2))
+def test_image_parts_change_each_frame_and_no_target(batch, part):
+    out = augment(batch, SINGLE[part], generator(2))
     for row in range(len(batch)):
         assert not torch.equal(out.image[row], batch.image[row])
     for name in MOVED[1:]:
         assert torch.equal(getattr(out, name), getattr(batch, name)), name
     changes = (out.image - batch.image).flatten(1).mean(dim=1)
-    assert len(set(changes.tolist())) == len(batch)  # each frame draws for itself
+    assert len(set(changes.tolist())) == len(batch)  # each frame has its own draw
 
 
 @pytest.mark.parametrize("part", ["gain", "offset", "gamma"])
 def test_brightness_order_is_kept(batch, part):
-    """A brighter pixel stays at least as bright: these parts are curves over grey levels."""
-    out = augment(batch, PARTS[part], generator(2))
+    """A brighter pixel stays at least as bright: these parts are curves over gray levels."""
+    out = augment(batch, SINGLE[part], generator(2))
     for row in range(len(batch)):
         order = batch.image[row].flatten().argsort(stable=True)
         assert (out.image[row].flatten()[order].diff() >= -1e-6).all()
 
 
-def test_tone_is_the_curve_it_says():
+def test_tone_is_the_documented_curve():
     batch = batch_of(discs([30]))
     config = replace(STILL, gamma=1, gain=1, offset=1)
     plan = still_plan(batch, gamma=1.7, gain=0.8, offset=0.15)
@@ -319,18 +352,18 @@ def test_tone_is_the_curve_it_says():
 def test_black_stays_finite_under_a_power():
     batch = batch_of(discs([30]))
     batch = replace(batch, image=torch.full_like(batch.image, -1 - 2e-7))
-    for form in (augment_on_host, dense):
+    for form in (augment_on_host, on_device):
         image = form(batch, still_plan(batch, gamma=0.5), replace(STILL, gamma=1)).image
         np.testing.assert_allclose(image, -1, atol=3e-3)
 
 
-def test_streaks_only_brighten_and_leave_most_of_the_frame():
+def test_streaks_only_brighten_and_cover_little_of_the_frame():
     batch = batch_of(discs([30] * 16))
-    out = augment(batch, PARTS["streaks"], generator(1))
+    out = augment(batch, SINGLE["streaks"], generator(1))
     change = out.image - batch.image
     assert change.min() >= 0
     lit = (change > 0.02).flatten(1).float().mean(dim=1)
-    assert (lit > 0).sum() >= 12  # a lamp beside the frame may send its rays elsewhere
+    assert (lit > 0).sum() >= 12  # the rays of a lamp beside the frame may miss it
     assert lit.max() < 0.15
     for name in MOVED[1:]:
         assert torch.equal(getattr(out, name), getattr(batch, name)), name
@@ -349,19 +382,19 @@ def test_a_streak_fades_from_its_source():
         thickness=one + 3,
         glow=one.index_fill(0, torch.tensor([0]), 1.0),
     )
-    image = augment_on_host(batch, plan, PARTS["streaks"]).image[0, 0] + 1
+    image = augment_on_host(batch, plan, SINGLE["streaks"]).image[0, 0] + 1
     along = torch.stack([image[50 + round(0.8 * r), 100 + round(0.6 * r)] for r in (0, 30, 120)])
     np.testing.assert_allclose(along, [0, 0.95, 0.5], atol=0.01)
-    assert image[50 + 180, 100 + 135] == 0  # 225 px from the source: behind its end
+    assert image[50 + 180, 100 + 135] == 0  # 225 px from the source: past its end
 
 
-def test_blur_is_a_gaussian_of_the_sigma_drawn():
+def test_blur_is_a_gaussian_of_the_drawn_sigma():
     batch = batch_of(discs([30]))
     image = torch.zeros_like(batch.image)
     image[0, 0, 200, 300] = 1
     batch = replace(batch, image=image)
     for sigma in (0.8, 1.2, 1.6):
-        out = augment_on_host(batch, still_plan(batch, sigma=sigma), PARTS["blur"]).image[0, 0]
+        out = augment_on_host(batch, still_plan(batch, sigma=sigma), SINGLE["blur"]).image[0, 0]
         spot = out[180:221, 280:321].double()
         place = torch.arange(-20, 21)
         assert abs(spot.sum() - 1) < 1e-5
@@ -373,8 +406,9 @@ def test_noise_is_normal_and_half_as_strong_on_black():
     batch = batch_of(discs([30] * 3))
     level = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)
     batch = replace(batch, image=(level * 0.8).expand(3, 1, HEIGHT, WIDTH).contiguous())
-    plan = still_plan(batch, noise=0.04)._replace(noise_at=torch.tensor([0, 300_000, 1_024_000]))
-    change = augment_on_host(batch, plan, PARTS["noise"]).image - batch.image
+    plan = still_plan(batch, deviation=0.04)
+    plan["noise"] = plan["noise"]._replace(first=torch.tensor([0, 300_000, 1_024_000]))
+    change = augment_on_host(batch, plan, SINGLE["noise"]).image - batch.image
     deviation = change.flatten(1).double().std(dim=1)
     np.testing.assert_allclose(deviation, 0.04 * np.array([0.55, 0.75, 0.95]), rtol=0.01)
     assert change.flatten(1).mean(dim=1).abs().max() < 5e-4
@@ -406,22 +440,23 @@ def assert_same_result(got, wanted):
 @pytest.mark.parametrize("part", ["flip", *IMAGE_PARTS])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_both_forms_agree(batch, part, share):
-    config = PARTS[part]
+    config = SINGLE[part]
     if part in ("flip", "streaks", "blur"):
         config = replace(config, **{part: share})
     for seed in range(3):
         plan = make_plan(batch, config, generator(seed))
-        assert_same_result(dense(batch, plan, config), augment_on_host(batch, plan, config))
+        assert_same_result(on_device(batch, plan, config), augment_on_host(batch, plan, config))
 
 
 def test_both_forms_agree_on_frames_that_move():
-    """All parts at once; labels but where the interpolated value is within 1e-3 of 1/2."""
+    """All parts at once. Labels differ only where the interpolated value is near 1/2."""
     batch = random_batch(3, seed=3, blink=True)
     config = AugmentConfig(scale=0.7, shift=0.8, streaks=0.5, blur=0.5)
     plan = make_plan(batch, config, generator(4))
-    plan = plan._replace(moved=plan.moved & torch.tensor([True, False, True]))
-    assert plan.moved[0]
-    got, wanted = dense(batch, plan, config), augment_on_host(batch, plan, config)
+    moved = plan["move"].moved & torch.tensor([True, False, True])
+    assert moved[0]
+    plan["move"] = plan["move"]._replace(moved=moved)
+    got, wanted = on_device(batch, plan, config), augment_on_host(batch, plan, config)
     assert (got.image - wanted.image).abs().max() < 1e-4
     differ = (got.label != wanted.label).flatten(1).sum(dim=1)
     assert differ.sum() <= 2
@@ -432,11 +467,11 @@ def test_both_forms_agree_on_frames_that_move():
 
 
 class _CapturedError(Exception):
-    """Ends a compiled call once its graph is known."""
+    """Ends a compiled call once its graph has been captured."""
 
 
 def test_the_device_form_is_one_graph():
-    """What reads a value back (item, nonzero, a boolean index, `if`) would break the graph."""
+    """Reading a value back (item, nonzero, a boolean index, `if`) would break the graph."""
     batch = random_batch(2, seed=3)
     config = AugmentConfig(streaks=0.5, blur=0.5)
     graphs = []
@@ -450,23 +485,21 @@ def test_the_device_form_is_one_graph():
         return stop
 
     torch._dynamo.reset()
-    form = torch.compile(augment_dense, backend=capture, fullgraph=True)
+    form = torch.compile(augment_on_device, backend=capture, fullgraph=True)
     plan = make_plan(batch, config, generator())
     with pytest.raises(_CapturedError):
-        form(batch, plan, config, distance_table(CPU), noise_field(CPU))
+        form(batch, plan, config, constants(config, CPU))
     assert len(graphs) == 1
     reductions = [node for node in graphs[0].nodes if node.target == "amin"]
-    assert len(reductions) == 1  # over all rows at once, for the compiler to fuse: not in blocks
+    assert len(reductions) == 1  # over all rows at once, which the compiler fuses: not in blocks
 
 
 def test_labels_of_both_forms_agree_over_many_frames():
-    from pupilseg.augment.dense import warp
-
     batch = random_batch(8, seed=5)
     slim = replace(batch, spatial_weights=torch.empty(0), dist_map=torch.empty(0))
     for seed in range(6):
         plan = make_plan(slim, MOVE, generator(seed))
-        value = warp(slim.label.float(), plan, torch.zeros(8))
+        value = warp(slim.label.float(), plan["move"], torch.zeros(8))
         label = augment_on_host(slim, plan, MOVE).label
         clear = (value - 0.5).abs() > 1e-3
         assert torch.equal((value > 0.5)[clear], label.bool()[clear])
@@ -484,10 +517,95 @@ def test_threads_do_not_change_the_result(batch):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
+# --- parts and their random numbers ---------------------------------------------------------------
+
+
+def test_parts_share_out_the_random_numbers_in_order(batch):
+    """The positions are part of what a seed means: golden losses depend on them."""
+    assert sum(part.numbers for part in PARTS) == 17 + 6 * RAYS
+    plan = make_plan(batch, AugmentConfig(flip=0.5, blur=1, offset=1), generator(7))
+    values = torch.rand((len(batch), 17 + 6 * RAYS), generator=generator(7))
+    assert torch.equal(plan["flip"].flip, values[:, 0] < 0.5)
+    assert torch.equal(plan["move"].border, 1.2 * values[:, 3] ** 3 - 1)
+    assert torch.equal(plan["streaks"].source[:, 0], values[:, 8] * WIDTH)
+    assert torch.equal(plan["blur"].sigma, 0.3 + values[:, -6] * 1.7)
+    assert torch.equal(plan["tone"].offset, 2 * values[:, -3] - 1)
+    assert torch.equal(plan["noise"].first, (values[:, -1] * 4 * HEIGHT * WIDTH).int())
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("part", PARTS, ids=[part.name for part in PARTS])
+def test_a_part_must_take_the_numbers_it_declares(monkeypatch, part, change):
+    monkeypatch.setattr(type(part), "numbers", part.numbers + change)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError)) as error:
+        make_plan(pupils([30]), AugmentConfig(), generator())
+    if change == 1:
+        expected = f"part {part.name} took {part.numbers - 1} random numbers .*expected"
+        assert error.match(expected)
+
+
+class InvertDraw(NamedTuple):
+    invert: torch.Tensor
+
+
+class Invert(Part[InvertDraw]):
+    """Inverts half of the frames: a new part, complete."""
+
+    name = "invert"
+    numbers = 1
+
+    def is_on(self, config):
+        return True
+
+    def draw(self, numbers, batch, config, earlier):
+        return InvertDraw(numbers.one() < 0.5)
+
+    def changes(self, drawn):
+        return drawn.invert
+
+    def on_device(self, batch, drawn, config, constant):
+        sign = 1 - 2 * drawn.invert.float()
+        return replace(batch, image=batch.image * sign[:, None, None, None])
+
+    def on_host(self, frame, drawn, config):
+        np.negative(frame.image, out=frame.image)
+
+
+@pytest.mark.parametrize("position", [0, 1, len(PARTS)])
+def test_a_new_part_needs_one_line_in_the_table(batch, monkeypatch, position):
+    monkeypatch.setattr(apply, "PARTS", (*PARTS[:position], Invert(), *PARTS[position:]))
+    config = replace(STILL, flip=1)
+    plan = make_plan(batch, config, generator(1))
+    inverted = plan["invert"].invert
+    assert inverted.any()
+    assert not inverted.all()
+    sign = 1 - 2 * inverted.float()[:, None, None, None]
+    for form in (augment_on_host, on_device):
+        out = form(batch, plan, config)
+        assert torch.equal(out.image, batch.image.flip(-1) * sign)
+        assert torch.equal(out.label, batch.label.flip(-1))
+
+
+def test_the_configuration_imports_neither_torch_nor_numpy():
+    program = (
+        "import sys; from pupilseg.augment import AugmentConfig; AugmentConfig()\n"
+        "print(sorted({'torch', 'numpy', 'cv2'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_every_strength_has_a_help_text():
+    for field in fields(AugmentConfig):
+        assert len(field.metadata["help"]) > 10, field.name
+
+
 # --- contract -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(), *PARTS.values()], ids=["default", *PARTS])
+@pytest.mark.parametrize("config", [AugmentConfig(), *SINGLE.values()], ids=["default", *SINGLE])
 def test_the_input_is_not_written_to(batch, config):
     before = copy_of(batch)
     for seed in range(2):
@@ -496,7 +614,7 @@ def test_the_input_is_not_written_to(batch, config):
         assert torch.equal(getattr(batch, name), value), name
 
 
-def test_a_seed_gives_a_result(batch):
+def test_a_seed_determines_the_result(batch):
     first, second = (augment(batch, AugmentConfig(), generator(5)) for _ in range(2))
     for name in copy_of(batch):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
@@ -504,21 +622,22 @@ def test_a_seed_gives_a_result(batch):
     assert not torch.equal(first.image, other.image)
 
 
-def test_switching_a_part_off_leaves_the_draws_of_the_others(batch):
+def test_turning_a_part_off_keeps_the_draws_of_the_others(batch):
     whole = make_plan(batch, AugmentConfig(), generator(5))
     less = make_plan(batch, replace(AugmentConfig(), flip=0, streaks=0), generator(5))
-    for name in set(Plan._fields) - {"flip", "glow", "left"}:
-        assert torch.equal(getattr(whole, name), getattr(less, name)), name
+    for part, drawn in whole.items():
+        for name in set(drawn._fields) - {"flip", "glow", "left"}:
+            assert torch.equal(getattr(drawn, name), getattr(less[part], name)), name
 
 
-def test_the_global_generator_is_left_alone(batch):
+def test_the_global_generator_is_not_used(batch):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     augment(batch, AugmentConfig(), generator())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_columns_that_were_not_asked_for_stay_empty(batch):
+def test_columns_that_were_not_loaded_stay_empty(batch):
     empty = torch.empty(0)
     full = augment(batch, AugmentConfig(scale=1), generator())
     for missing in (("spatial_weights", "dist_map"), ("ellipse",), MOVED[1:]):
@@ -526,14 +645,16 @@ def test_columns_that_were_not_asked_for_stay_empty(batch):
         out = augment(slim, AugmentConfig(scale=1), generator())
         for name in missing:
             assert getattr(out, name).shape == (0,)
-        if "label" not in missing:  # without it nothing says where the pupil is
+        if "label" not in missing:  # without it, the pupil's position is unknown
             for name in set(MOVED) - set(missing):
                 assert torch.equal(getattr(out, name), getattr(full, name)), name
 
 
 def test_targets_without_their_label_are_refused(batch):
     slim = replace(batch, label=torch.empty(0))
-    with pytest.raises(UsageError, match=r"spatial_weights but no label.*load the column label"):
+    with pytest.raises(
+        UsageError, match=r"spatial_weights but no label to recompute it.*load the column label"
+    ):
         augment(slim, MOVE, generator())
     augment(slim, FLIP, generator())
 
@@ -548,7 +669,7 @@ def test_targets_without_their_label_are_refused(batch):
         ({"blur_sigma": 3}, r"blur_sigma = 3 px, expected 0 to 2"),
     ],
 )
-def test_a_configuration_that_makes_no_sense_is_refused(changes, message):
+def test_an_invalid_configuration_is_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         AugmentConfig(**changes)
 
@@ -561,16 +682,17 @@ def test_labels_keep_their_type(batch):
     assert torch.equal(out.label.long(), wanted.label)
 
 
-def to(batch_or_plan, device):
-    if isinstance(batch_or_plan, Plan):
-        return Plan(*(value.to(device) for value in batch_or_plan))
-    moved = {f.name: getattr(batch_or_plan, f.name).to(device) for f in fields(batch_or_plan)}
-    return replace(batch_or_plan, **moved)
+def to(batch, device):
+    return replace(batch, **{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})
+
+
+def plan_to(plan, device):
+    return {part: type(d)(*(value.to(device) for value in d)) for part, d in plan.items()}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_gpu_never_waits_and_agrees_with_the_cpu(compiled):
+def test_cuda_never_synchronizes_and_agrees_with_the_cpu(compiled):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
@@ -587,8 +709,8 @@ def test_a_gpu_never_waits_and_agrees_with_the_cpu(compiled):
         torch.cuda.set_sync_debug_mode("default")
 
     plan = make_plan(batch, config, generator(4))
-    form = torch.compile(augment_dense) if compiled else augment_dense
-    got = form(there, to(plan, device), config, distance_table(device), noise_field(device))
+    form = torch.compile(augment_on_device) if compiled else augment_on_device
+    got = form(there, plan_to(plan, device), config, constants(config, device))
     got, wanted = to(got, CPU), augment_on_host(batch, plan, config)
     assert (got.image - wanted.image).abs().max() < 1e-3
     same = (got.label == wanted.label).flatten(1).all(dim=1)
@@ -598,7 +720,7 @@ def test_a_gpu_never_waits_and_agrees_with_the_cpu(compiled):
         torch.testing.assert_close(*values, rtol=0, atol=1e-6)
 
 
-def test_ranks_do_to_each_frame_what_one_process_does():
+def test_ranks_augment_each_frame_as_a_single_process_does():
     batch = random_batch(4, seed=3, blink=True)
     whole = augment(batch, AugmentConfig(), generator(4))
     state = {}

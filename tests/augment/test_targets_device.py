@@ -1,4 +1,4 @@
-"""Targets in torch against SciPy in float64 and against OpenCV: equal, not close."""
+"""Targets in torch equal those of SciPy in float64 and of OpenCV exactly."""
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def blobs(seed, shape):
-    """Returns up to 3 ellipses, anywhere, also across the borders; holes among them."""
+    """Returns up to 3 ellipses anywhere, also cut by the border, some with a hole."""
     rng = np.random.default_rng(seed)
     label = np.zeros(shape, np.uint8)
     for turn in range(rng.integers(0, 4)):
@@ -47,7 +47,7 @@ EMPTY, FULL = np.zeros((30, 40), np.uint8), np.ones((30, 40), np.uint8)
 
 
 def scipy_squared(label):
-    """Float64, class by class; each transform is zero on the other class."""
+    """Returns u^2 from one float64 transform per class, each zero on the other class."""
     if label.min() == label.max():
         return np.full(label.shape, maps.MAX_DISTANCE_SQUARED)
     distance = distance_transform_edt(label) + distance_transform_edt(1 - label)
@@ -58,13 +58,13 @@ def scipy_squared(label):
 @example(EMPTY)
 @example(FULL)
 @settings(max_examples=300, deadline=None)
-def test_squared_distance_is_scipys(label):
+def test_squared_distance_equals_scipys(label):
     got = squared_distance(torch.from_numpy(label)[None])
     assert got.dtype == torch.int32
     np.testing.assert_array_equal(got[0], scipy_squared(label))
 
 
-def test_row_blocks_do_not_show(monkeypatch):
+def test_row_blocks_do_not_change_the_result(monkeypatch):
     label = torch.from_numpy(np.stack([noise(s, (23, 31)) for s in range(7)]))
     whole = squared_distance(label)
     for values in (1, 31 * 31 * 5):
@@ -88,8 +88,8 @@ def test_frames_of_a_batch_do_not_mix():
     ],
     ids=["blobs", "pixel", "corner"],
 )
-def test_full_frames_have_the_bits_of_maps(label):
-    """The corner's pixel has the largest u^2 there is."""
+def test_full_frames_equal_maps_to_the_bit(label):
+    """The single corner pixel gives the largest possible u^2."""
     tensor = torch.from_numpy(label)[None]
     squared = squared_distance(tensor)
     np.testing.assert_array_equal(squared[0], maps.squared_distance(label))
@@ -99,7 +99,7 @@ def test_full_frames_have_the_bits_of_maps(label):
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_maps_of_an_absent_class_are_those_of_maps(value):
+def test_maps_of_an_absent_class_equal_those_of_maps(value):
     label = np.full((HEIGHT, WIDTH), value, np.uint8)
     squared = torch.full((1, HEIGHT, WIDTH), maps.MAX_DISTANCE_SQUARED, dtype=torch.int32)
     got = signed_maps(squared, torch.from_numpy(label)[None], distance_table(CPU))
@@ -107,7 +107,7 @@ def test_maps_of_an_absent_class_are_those_of_maps(value):
 
 
 def cv2_weights(label):
-    """`maps.spatial_weights` for frames of any size."""
+    """Returns `maps.spatial_weights` for frames of any size."""
     edges = cv2.Canny(label * 255, *maps.CANNY_THRESHOLDS)
     return (cv2.dilate(edges, maps.DILATION_KERNEL) > 0) * maps.EDGE_WEIGHT
 
@@ -116,14 +116,14 @@ def cv2_weights(label):
 @example(EMPTY)
 @example(FULL)
 @settings(max_examples=1000, deadline=None)
-def test_weights_are_opencvs(label):
+def test_weights_equal_opencvs(label):
     got = spatial_weights(torch.from_numpy(label)[None])
     assert got.dtype == torch.float32
     np.testing.assert_array_equal(got[0], cv2_weights(label))
 
 
-def test_every_small_neighbourhood_has_opencvs_weights():
-    """All 4096 patterns of 3 x 4 pixels, laid out with a margin that lets none touch another."""
+def test_every_small_neighborhood_has_opencvs_weights():
+    """All 4096 patterns of 3 x 4 pixels, with a margin so wide that they do not interact."""
     bits = (np.arange(4096)[:, None] >> np.arange(12)) & 1
     tiles = np.pad(bits.reshape(64, 64, 3, 4).astype(np.uint8), ((0, 0), (0, 0), (4, 4), (4, 4)))
     sheet = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3).reshape(64 * 11, 64 * 12))
@@ -141,7 +141,7 @@ def test_full_frames_have_the_weights_of_maps():
 
 @given(seeds)
 @settings(max_examples=40, deadline=None)
-def test_ellipses_are_those_of_geometry(seed):
+def test_ellipses_equal_those_of_geometry(seed):
     kinds = (blobs, noise, one_pixel)
     label = np.stack([kind(seed, (HEIGHT, WIDTH)) for kind in kinds])
     got = ellipse_vectors(torch.from_numpy(label))
@@ -160,7 +160,7 @@ def test_label_types_do_not_matter():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_gpu_gives_the_same_without_waiting(compiled):
+def test_cuda_gives_the_same_without_synchronizing(compiled):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
