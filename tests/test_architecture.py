@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -96,6 +97,22 @@ def test_names_imported_from_a_package_are_in_its_all():
             if last not in getattr(importlib.import_module(package), "__all__", ()):
                 wrong.add(f"{module_of(path)}: {name}")
     assert wrong == set()
+
+
+def test_the_architecture_page_shows_the_layers():
+    """Picture and contract are equal, and each package and file that the page names exists."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    assert re.search(r"```text\n(.*?)```", page, flags=re.DOTALL)[1].splitlines() == layers
+    described = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert sorted(described) == sorted(re.findall(r"\w+", " ".join(layers)))
+    for name in re.findall(r"`([\w/]+\.(?:py|toml|yaml))`", page):
+        if "NAME" not in name:
+            assert (ROOT / name).exists() or (ROOT / "pupilseg" / name).exists(), name
+    for table, name in re.findall(r"`([A-Z]+)` in `(pupilseg/[\w/]+\.py)`", page):
+        assert re.search(rf"^{table}\b", (ROOT / name).read_text(), flags=re.MULTILINE), table
 
 
 def test_the_package_alone_imports_nothing_heavy():
