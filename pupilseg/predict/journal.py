@@ -1,30 +1,35 @@
-"""pupil.csv: its columns, and the journal from which it is made, that outlives a kill.
+"""pupil.csv, and the SQLite database it is exported from.
 
-While a run lasts, rows are appended to OUT/.pupil.journal as they come. When a source is finished,
-a line `#done {...}` follows its rows, with their number of lines and checksum, and size and time of
-the file. A kill costs the rows behind the last such line, nothing else; `--skip-existing` goes on
-there. pupil.csv is the journal without those lines, and is written whole at the end.
+OUT/.pupil.sqlite3 holds the rows of all sources that were read to their end. Each source is one
+transaction, so a killed run loses only the source it was working on. The database stays in OUT
+after the run: `--skip-existing` resumes from it, and `pupilseg view` looks up the overlays in it.
+
+A kill or a power failure cannot damage the database: SQLite's write-ahead log guarantees that, and
+a commit takes 11 us, since it does not wait for the disk. SQLite does not notice a changed byte
+inside a row, so each source also has a checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import sqlite3
 import zlib
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any
 
-from pupilseg.errors import UsageError
+from pupilseg.errors import DataError, OutputError, UsageError
 from pupilseg.files import atomic_path, output_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from pupilseg.predict.inputs import Source
     from pupilseg.predict.predictor import Prediction
+    from pupilseg.predict.video import Frame
 
 COLUMNS = (
     "file",
@@ -40,30 +45,50 @@ COLUMNS = (
     "confidence",
     "is_blink",
 )
-"""Columns of pupil.csv, one row a frame.
+"""Columns of pupil.csv, which has one row per frame.
 
-Lengths are in the frame's own pixels, pixel centres at integers, angles from +x towards +y, down.
-`diameter_px` is 2 * semi_axis_a_px, the axis that a slanted view does not shorten; `area_px` counts
-mask pixels. Where no pupil was found (`is_blink` 1) the ellipse's five and the diameter are empty,
-area and confidence 0. `time_s` is empty for single images.
+Lengths are in pixels of the original frame, with pixel centers at integers. Angles are measured
+from +x toward +y, which points down. `diameter_px` is 2 * semi_axis_a_px, the axis that an oblique
+view does not shorten; `area_px` is the number of mask pixels. If no pupil was found, `is_blink` is
+1, the ellipse and the diameter are empty, and area and confidence are 0. `time_s` is empty for
+images.
 """
 MM_COLUMN = "diameter_mm"
-"""The last column, where the size of a pixel was given."""
+"""Last column, present if the size of a pixel is given."""
 CSV_NAME = "pupil.csv"
-JOURNAL_NAME = ".pupil.journal"
-_HEAD, _DONE = b"#pupilseg ", b"#done "
+DATABASE_NAME = ".pupil.sqlite3"
+
+_OLD_NAME = ".pupil.journal"
+"""Text file that earlier versions wrote instead of the database."""
+
+_FORMAT = 1
+"""Number of the database format; part of the settings that have to agree."""
+# Text is stored as bytes, since file names need not be valid UTF-8.
+_TABLES = (
+    "CREATE TABLE settings (json TEXT NOT NULL)",
+    "CREATE TABLE sources (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, file BLOB NOT NULL,"
+    " name BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,"
+    " failed INTEGER NOT NULL, checksum INTEGER NOT NULL)",
+    "CREATE TABLE rows (source_id INTEGER NOT NULL, number INTEGER NOT NULL, line BLOB NOT NULL,"
+    " PRIMARY KEY (source_id, number)) WITHOUT ROWID",
+)
+_HINTS = {
+    sqlite3.SQLITE_FULL: "the disk is full; free some space and run the same command again",
+    sqlite3.SQLITE_IOERR: "the disk reports an I/O error; check the disk and its quota",
+    sqlite3.SQLITE_READONLY: "no permission; make the directory writable or choose another one",
+    sqlite3.SQLITE_CANTOPEN: "no permission; make the directory writable or choose another one",
+    sqlite3.SQLITE_BUSY: "another process is using it; wait for that process to end",
+}
+_START_OVER = "choose another --out, or run without --skip-existing to predict all files again"
 
 
 def row(
-    source: Source,
-    frame: int,
-    time_s: float | None,
-    prediction: Prediction,
-    mm_per_px: float | None = None,
+    source: Source, frame: Frame, prediction: Prediction, mm_per_px: float | None = None
 ) -> list[str]:
-    """Returns a frame's cells."""
+    """Returns the cells of one frame."""
+    time_s = "" if frame.time_s is None else f"{frame.time_s:.6f}"
+    start = [source.text, str(frame.number), time_s]
     area = str(int(prediction.mask.sum(dtype=int)))
-    start = [source.text, str(frame), "" if time_s is None else f"{time_s:.6f}"]
     if prediction.ellipse is None:
         cells = [*start, *[""] * 6, area, "0", "1"]
         return cells if mm_per_px is None else [*cells, ""]
@@ -75,43 +100,226 @@ def row(
     return cells if mm_per_px is None else [*cells, f"{diameter * mm_per_px:.4f}"]
 
 
-def _encoded(cells: list[str]) -> bytes:
-    """Returns a line of CSV; a first cell with # in front is quoted, not to look like a mark."""
+def _csv_line(cells: list[str]) -> bytes:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
-    text = line.getvalue()
-    if text.startswith("#"):
-        first, rest = text.split(",", 1)
-        text = f'"{first}",{rest}'
-    return text.encode("utf-8", "surrogateescape")
+    return os.fsencode(line.getvalue())
 
 
-class Done(NamedTuple):
-    """A source that was finished.
+@contextlib.contextmanager
+def _database_errors(path: Path) -> Iterator[None]:
+    """Converts errors of SQLite.
+
+    Raises:
+        OutputError: the disk is full, another process has locked the database, or the like.
+        DataError: the database is damaged.
+    """
+    try:
+        yield
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # The low byte is the primary result code. Errors of the Python module itself have none.
+        hint = _HINTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if hint is not None:
+            raise OutputError(f"cannot write {path}: {hint} ({error})") from error
+        raise DataError(f"{path} is damaged ({error}); {_START_OVER}") from error
+
+
+def overlay_names(out: Path) -> dict[str, str]:
+    """Returns the name of overlay and masks of each source in a directory's pupil.csv.
+
+    Returns:
+        Value of the column `file` -> name; empty if there is no database.
+
+    Raises:
+        DataError: the database is damaged.
+        OutputError: `pupilseg predict` is writing to the directory.
+    """
+    path = out / DATABASE_NAME
+    if not path.is_file():
+        return {}
+    # "rw" never creates a file, and needs write access only after a kill, to apply the log.
+    address = f"{path.absolute().as_uri()}?mode=rw"
+    with (
+        _database_errors(path),
+        contextlib.closing(sqlite3.connect(address, timeout=1, uri=True)) as connection,
+    ):
+        rows = connection.execute("SELECT file, name FROM sources").fetchall()
+        return {os.fsdecode(file): os.fsdecode(name) for file, name in rows}
+
+
+class Journal:
+    """The database of a run, opened while the directory is locked; `close` it in the end.
+
+    Args:
+        out: the output directory.
+        settings: everything besides the files that rows depend on: model, region and so on.
+        resume: keep the results of an earlier run instead of starting over.
 
     Attributes:
-        key: of the source.
-        name: of its overlay and masks.
-        size: of the file in bytes; 0 for a camera.
-        mtime_ns: of the file.
-        blinks: rows without a pupil.
-        failed: what was wrong with it; "" where nothing was.
-        lines: number of those that its rows take.
-        crc: of their bytes.
+        names: key of each finished source -> path of its overlay and masks, without suffix.
+
+    Raises:
+        UsageError: the earlier run had other settings, or used another version of pupilseg.
+        DataError: the database is damaged.
+        OutputError: `out` cannot be written.
     """
 
-    key: str
-    name: str
-    size: int
-    mtime_ns: int
-    blinks: int
-    failed: str
-    lines: int
-    crc: int
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = out / DATABASE_NAME
+        self.names: dict[str, str] = {}
+        self._csv = out / CSV_NAME
+        self._settings = {"format": _FORMAT, **settings}
+        self._id, self._rows, self._checksum = 1, 0, 0
+        old = out / _OLD_NAME
+        if not resume:
+            # The log comes first: SQLite would apply it to the next database of this name.
+            with output_errors(self.path):
+                for suffix in ("-wal", "-shm", "-journal", ""):
+                    self.path.with_name(DATABASE_NAME + suffix).unlink(missing_ok=True)
+                old.unlink(missing_ok=True)
+        elif old.exists() and not self.path.exists():
+            raise UsageError(
+                f"{old} was written by an earlier version of pupilseg, which this version cannot "
+                f"resume; {_START_OVER}"
+            )
+        with _database_errors(self.path):
+            self._connection = sqlite3.connect(self.path)
+            try:
+                self._open()
+            except BaseException:
+                self.close()
+                raise
+
+    def _open(self) -> None:
+        """Creates the tables, or checks and reads what they hold."""
+        execute = self._connection.execute
+        # A log without exclusive locking needs shared memory, which network drives lack.
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        is_new = not execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        if not is_new:
+            self._check_settings()
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = NORMAL")
+        if is_new:
+            execute("BEGIN")
+            for table in _TABLES:
+                execute(table)
+            execute("INSERT INTO settings VALUES (?)", (json.dumps(self._settings),))
+            self._connection.commit()
+            return
+        problem = execute("PRAGMA integrity_check").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+        self._forget_damaged_sources()
+        for key, name in execute("SELECT key, name FROM sources"):
+            self.names[os.fsdecode(key)] = os.fsdecode(name)
+        self._id = execute("SELECT coalesce(max(id), 0) + 1 FROM sources").fetchone()[0]
+
+    def _check_settings(self) -> None:
+        """Raises UsageError if the earlier run had other settings."""
+        try:
+            before = dict(
+                json.loads(self._connection.execute("SELECT * FROM settings").fetchone()[0])
+            )
+        except (TypeError, ValueError) as error:
+            raise sqlite3.DatabaseError("no settings") from error
+        changes = [
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in self._settings.items()
+            if before.get(name) != value
+        ]
+        if changes:
+            raise UsageError(
+                f"{self.path.parent} holds results made with other settings "
+                f"({', '.join(changes)}); {_START_OVER}"
+            )
+
+    def _forget_damaged_sources(self) -> None:
+        """Removes sources whose checksum is wrong; they are predicted again."""
+        execute = self._connection.execute
+        for number, *values, checksum in execute("SELECT * FROM sources").fetchall():
+            lines = execute(
+                # CAST, since a changed byte may also change the type of a value.
+                "SELECT CAST(line AS BLOB) FROM rows WHERE source_id = ? ORDER BY number",
+                (number,),
+            )
+            found = 0
+            for (line,) in lines:
+                found = zlib.crc32(line, found)
+            if _with_values(found, values) != checksum:
+                execute("DELETE FROM sources WHERE id = ?", (number,))
+        execute("DELETE FROM rows WHERE source_id NOT IN (SELECT id FROM sources)")
+        self._connection.commit()
+
+    def close(self) -> None:
+        """Closes the database. Rows of a source that is not finished are dropped."""
+        self._connection.close()
+
+    def is_finished(self, source: Source) -> bool:
+        """Returns True if a file was read to its end, without an error, and has not changed."""
+        if source.camera is not None:
+            return False
+        with _database_errors(self.path):
+            found = self._connection.execute(
+                "SELECT size, mtime_ns FROM sources WHERE key = ? AND NOT failed",
+                (os.fsencode(source.key),),
+            ).fetchone()
+        return found is not None and found == _file_stamp(source)
+
+    def append(self, cells: list[str]) -> None:
+        """Adds a row of the current source.
+
+        Raises:
+            OutputError: the database cannot be written.
+        """
+        line = _csv_line(cells)
+        with _database_errors(self.path):
+            self._connection.execute(
+                "INSERT INTO rows VALUES (?, ?, ?)", (self._id, self._rows, line)
+            )
+        self._rows += 1
+        self._checksum = zlib.crc32(line, self._checksum)
+
+    def finish(self, source: Source, *, failed: bool) -> None:
+        """Ends the current source. Its rows count from now on, and replace those of earlier runs.
+
+        Raises:
+            OutputError: the database cannot be written.
+        """
+        key, file, name = map(os.fsencode, (source.key, source.text, source.name))
+        values = (key, file, name, *_file_stamp(source), int(failed))
+        checksum = _with_values(self._checksum, values)
+        with _database_errors(self.path):
+            self._connection.execute(
+                "DELETE FROM rows WHERE source_id = (SELECT id FROM sources WHERE key = ?)", (key,)
+            )
+            self._connection.execute(
+                "REPLACE INTO sources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (self._id, *values, checksum),
+            )
+            self._connection.commit()
+        self._id, self._rows, self._checksum = self._id + 1, 0, 0
+
+    def write_csv(self, columns: tuple[str, ...]) -> None:
+        """Writes pupil.csv: the rows of all finished sources, in the order in which they ended.
+
+        Rows of a source that is not finished are dropped.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with _database_errors(self.path):
+            self._connection.rollback()
+            # Moves everything from the log into the database and flushes it to the disk.
+            self._connection.execute("PRAGMA journal_mode = DELETE")
+            lines = self._connection.execute("SELECT line FROM rows ORDER BY source_id, number")
+            with atomic_path(self._csv) as temporary, temporary.open("wb") as handle:
+                handle.write(_csv_line(list(columns)))
+                handle.writelines(line for (line,) in lines)
 
 
-def stamp(source: Source) -> tuple[int, int]:
-    """Returns size and time of a source's file, (0, 0) for a camera or a file that is gone."""
+def _file_stamp(source: Source) -> tuple[int, int]:
+    """Returns size in bytes and modification time in ns; (0, 0) for a camera or a missing file."""
     if source.camera is not None:
         return 0, 0
     try:
@@ -121,148 +329,6 @@ def stamp(source: Source) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _blocks(path: Path) -> Iterator[tuple[Done, list[bytes]]]:
-    """Yields what a journal holds of finished sources, with the lines of their rows."""
-    rows: list[bytes] = []
-    with path.open("rb") as handle:
-        handle.readline()
-        for line in handle:
-            if not line.startswith(_DONE):
-                rows.append(line)
-                continue
-            try:
-                done = Done(**json.loads(line[len(_DONE) :]))
-            except (ValueError, TypeError):
-                rows = []
-                continue
-            if (len(rows), zlib.crc32(b"".join(rows))) == (done.lines, done.crc):
-                yield done, rows
-            rows = []
-
-
-def source_names(out: Path) -> dict[str, str]:
-    """Returns the name of overlay and masks of each source in a directory's pupil.csv.
-
-    Returns:
-        First cell of the rows -> name; nothing where there is no journal.
-    """
-    path = out / JOURNAL_NAME
-    if not path.is_file():
-        return {}
-    names = {}
-    for done, lines in _blocks(path):
-        text = b"".join(lines).decode("utf-8", "replace")
-        first = next(csv.reader(io.StringIO(text)), None)
-        if first is not None:
-            names[first[0]] = done.name
-    return names
-
-
-class Journal:
-    """The journal of a run, open for appending.
-
-    Args:
-        out: the directory.
-        settings: what rows depend on beside their file: model, region and so on.
-        keep: go on with what an earlier run left, rather than start anew.
-
-    Attributes:
-        done: key -> record, of every source that is finished.
-
-    Raises:
-        UsageError: an earlier run that is to be kept had other settings.
-        OutputError: `out` cannot be written.
-    """
-
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, keep: bool) -> None:
-        self.path = out / JOURNAL_NAME
-        self.done: dict[str, Done] = {}
-        self._csv = out / CSV_NAME
-        self._settings = dict(settings)
-        self._lines, self._crc, self._blinks = 0, 0, 0
-        kept: list[tuple[Done, list[bytes]]] = []
-        if keep and self.path.exists():
-            self._check()
-            kept = list(_blocks(self.path))
-        with atomic_path(self.path) as temporary, temporary.open("wb") as handle:
-            handle.write(_HEAD + json.dumps(self._settings).encode() + b"\n")
-            for done, lines in kept:
-                self.done[done.key] = done
-                handle.writelines(lines)
-                handle.write(_DONE + json.dumps(done._asdict()).encode() + b"\n")
-        with output_errors(self.path):
-            self._handle = self.path.open("ab")
-
-    def _check(self) -> None:
-        """Compares the settings of an earlier run with this one's."""
-        with self.path.open("rb") as handle:
-            head = handle.readline()
-        try:
-            before = json.loads(head.removeprefix(_HEAD))
-        except ValueError:
-            before = {}
-        differ = [k for k in self._settings if before.get(k) != self._settings[k]]
-        if differ:
-            said = ", ".join(f"{k} was {before.get(k)}, is {self._settings[k]}" for k in differ)
-            raise UsageError(
-                f"{self.path.parent} holds results made in another way ({said}); choose another "
-                "--out, or leave --skip-existing out to make all anew"
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._handle.close()
-
-    def is_done(self, source: Source) -> bool:
-        """Says whether a source was finished without a fault, and its file is what it was."""
-        done = self.done.get(source.key)
-        fresh = done is not None and (done.size, done.mtime_ns) == stamp(source)
-        return fresh and done is not None and not done.failed and source.camera is None
-
-    def append(self, cells: list[str]) -> None:
-        """Adds a row of the source under way.
-
-        Raises:
-            OutputError: the disk is full, or the like.
-        """
-        line = _encoded(cells)
-        self._lines += line.count(b"\n")  # a file's name may hold one
-        self._crc = zlib.crc32(line, self._crc)
-        self._blinks += cells[COLUMNS.index("is_blink")] == "1"
-        with output_errors(self.path):
-            self._handle.write(line)
-
-    def finish(self, source: Source, failed: str = "") -> Done:
-        """Ends the source under way, and returns its record."""
-        done = Done(
-            source.key, source.name, *stamp(source), self._blinks, failed, self._lines, self._crc
-        )
-        self._lines, self._crc, self._blinks = 0, 0, 0
-        with output_errors(self.path):
-            self._handle.write(_DONE + json.dumps(done._asdict()).encode() + b"\n")
-            self._handle.flush()
-        self.done[done.key] = done
-        return done
-
-    def write_csv(self, columns: tuple[str, ...]) -> None:
-        """Makes pupil.csv of the rows of all finished sources; of one done twice, the later.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        with output_errors(self.path):
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
-        last = {done.key: number for number, (done, _) in enumerate(_blocks(self.path))}
-        with atomic_path(self._csv) as temporary, temporary.open("wb") as handle:
-            handle.write(_encoded(list(columns)))
-            for number, (done, lines) in enumerate(_blocks(self.path)):
-                if last[done.key] == number:
-                    handle.writelines(lines)
+def _with_values(checksum: int, values: Iterable[object]) -> int:
+    """Returns the checksum of a source, given that of its lines."""
+    return zlib.crc32(repr(tuple(values)).encode(), checksum)

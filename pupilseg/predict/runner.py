@@ -1,18 +1,19 @@
-"""Runs a predictor over images, folders, videos and cameras: pupil.csv, overlays, masks.
+"""Runs a predictor over images, folders, videos and cameras; writes pupil.csv, overlays and masks.
 
-A file that cannot be read is reported and counted, and the others are done. Every frame that was
-read has its row, closed eyes too. Reading, the network, and drawing and writing are three steps in
-three threads, in order; with or without threads the same bytes are written.
+Frames pass through three stages, each in its own thread: `_read` decodes, `_find` runs the network,
+and `predict_paths` draws and writes. The order of the frames never changes, so the files are the
+same with one thread or three. A file that cannot be read is reported and the run continues.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -27,6 +28,7 @@ from pupilseg.runtime.threads import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
+    from types import TracebackType
 
     import numpy as np
     from numpy.typing import NDArray
@@ -38,20 +40,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OVERLAYS = "overlays"
-"""Directory of the overlays, below that of a run."""
+"""Folder of the overlays in the output directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is written, and where pupils are looked for.
+    """What to write, and which part of each frame to use.
 
     Attributes:
-        overlays: pictures, or a video, with outline and centre.
-        masks: a PNG (0 and 255) a frame.
-        skip_existing: go on with what an earlier run left in the same directory.
-        mm_per_px: size of a pixel of the frame at the eye; adds `diameter_mm`.
-        roi: the part of each frame that the network sees.
-        threads: three threads, or all steps one after the other in the caller's.
+        overlays: write each frame with the pupil's outline and center; for a video, a video.
+        masks: write a PNG with values 0 and 255 for each frame.
+        skip_existing: resume an earlier run in the same directory.
+        mm_per_px: size of a pixel at the eye, in millimeters; adds the column `diameter_mm`.
+        roi: the only part of each frame that the network sees.
+        threads: run the three stages in threads of their own; otherwise all in the caller's.
     """
 
     overlays: bool = True
@@ -64,14 +66,14 @@ class Options:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a run.
+    """Summary of a run.
 
     Attributes:
-        frames: predicted.
-        blinks: of them without a pupil.
-        skipped: sources that an earlier run had finished.
-        failed: messages, one a path that could not be read whole.
-        seconds: taken by all.
+        frames: number of frames predicted.
+        blinks: number of these without a pupil.
+        skipped: number of sources that an earlier run had finished.
+        failed: one message for each path that could not be read completely.
+        seconds: duration of the run.
     """
 
     frames: int = 0
@@ -81,35 +83,22 @@ class Outcome:
     seconds: float = 0.0
 
 
-class _Start(NamedTuple):
-    """Stands before the first frame of a source that could be opened.
+class _Item(NamedTuple):
+    """A frame of a source on its way through the stages, or, without a frame, the source's end.
 
     Attributes:
-        source: the source.
-        fps: frames a second that it announces; 0 where it does not.
+        source: where the frame comes from.
+        frame: None at the end of the source.
+        prediction: added by `_find`.
+        fps: frame rate that a video announces; 0 if unknown.
+        error: what was wrong with the source; empty if nothing was.
     """
 
     source: Source
-    fps: float
-
-
-class _End(NamedTuple):
-    """Stands behind the last frame of a source, and for one that could not be opened.
-
-    Attributes:
-        source: the source.
-        failed: what was wrong with it; "" where nothing was.
-    """
-
-    source: Source
-    failed: str
-
-
-class _Found(NamedTuple):
-    """A frame with its pupil, in the frame's own pixels."""
-
-    frame: Frame
-    prediction: Prediction
+    frame: Frame | None = None
+    prediction: Prediction | None = None
+    fps: float = 0.0
+    error: str = ""
 
 
 def predict_paths(
@@ -120,21 +109,24 @@ def predict_paths(
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Predicts what paths mean, and writes what was found.
+    """Predicts images, videos, folders and cameras, and writes the results.
+
+    After a KeyboardInterrupt, pupil.csv contains the sources that were finished.
 
     Args:
         predictor: with its model.
         paths: as a user gives them; see `inputs.find_sources`.
-        out: gets pupil.csv, overlays/NAME.jpg (of a video NAME.mp4) and, if asked for,
-            masks/NAME.png (of a video NAME/000000.png and so on).
-        options: the usual ones by default.
-        stop: asked before each frame of a camera, which has no end of its own.
+        out: gets pupil.csv, overlays/NAME.jpg (NAME.mp4 for a video) and, if requested,
+            masks/NAME.png (NAME/000000.png and so on for a video).
+        options: the defaults if None.
+        stop: called before each frame of a camera, which ends when it returns True.
 
     Raises:
         OutputError: `out` cannot be written.
-        UsageError: `out` holds results of other options that were to be kept.
-        LockedError: another process writes there.
-        CheckpointError: the model gives what no model of ours gives.
+        UsageError: `out` holds results of a run with other options, and `skip_existing` is set.
+        DataError: the database of that run is damaged.
+        LockedError: another process writes to `out`.
+        CheckpointError: the model's output has an unexpected shape.
     """
     started = time.perf_counter()
     options = options or Options()
@@ -146,34 +138,53 @@ def predict_paths(
         "overlays": options.overlays,
         "masks": options.masks,
     }
-    done = Outcome()
+    outcome = Outcome()
     with (
         directory_lock(out),
-        Journal(out, settings, keep=options.skip_existing) as journal,
+        closing(Journal(out, settings, resume=options.skip_existing)) as journal,
         logging_redirect_tqdm([logging.getLogger("pupilseg")]),
     ):
-        names = {key: record.name for key, record in journal.done.items()}
-        sources, done.failed = find_sources(paths, names, without=out)
-        for message in done.failed:
+        sources, outcome.failed = find_sources(paths, journal.names, without=out)
+        for message in outcome.failed:
             log.error("%s", message)
-        todo = [source for source in sources if not journal.is_done(source)]
-        done.skipped = len(sources) - len(todo)
-        writer = _Writer(out, options, journal, done)
-        step = in_background if options.threads else iter
-        found = step(_predict(predictor, step(_read(todo, stop)), options.roi))
+        remaining = [source for source in sources if not journal.is_finished(source)]
+        outcome.skipped = len(sources) - len(remaining)
+        columns = COLUMNS if options.mm_per_px is None else (*COLUMNS, MM_COLUMN)
+        stage = in_background if options.threads else iter
+        items = stage(_find(predictor, options.roi, stage(_read(remaining, stop))))
         bar = progress_bar(None, "predict", unit="frame")
         if not bar.disable:
-            bar.total = _announced(todo)
-        with bar, closing(writer), closing(found):
-            for item in found:
-                bar.update(writer.take(item))
-        journal.write_csv(COLUMNS if options.mm_per_px is None else (*COLUMNS, MM_COLUMN))
-    done.seconds = time.perf_counter() - started
-    return done
+            bar.total = _announced_frames(remaining)
+        try:
+            with bar, closing(items):
+                for source, group in itertools.groupby(items, key=lambda item: item.source):
+                    error = ""
+                    with _Pictures(out, source, options) as pictures:
+                        for item in group:
+                            error = error or item.error
+                            if item.frame is None or item.prediction is None:
+                                continue
+                            journal.append(
+                                row(source, item.frame, item.prediction, options.mm_per_px)
+                            )
+                            pictures.write(item.frame, item.prediction, item.fps)
+                            outcome.frames += 1
+                            outcome.blinks += item.prediction.ellipse is None
+                            bar.update()
+                    if error:
+                        outcome.failed.append(error)
+                        log.error("%s", error)
+                    journal.finish(source, failed=bool(error))
+        except KeyboardInterrupt:
+            journal.write_csv(columns)
+            raise
+        journal.write_csv(columns)
+    outcome.seconds = time.perf_counter() - started
+    return outcome
 
 
-def _announced(sources: Iterable[Source]) -> int | None:
-    """Returns how many frames there will be, as far as the containers say; None for a camera."""
+def _announced_frames(sources: Iterable[Source]) -> int | None:
+    """Returns the number of frames, as far as the containers announce it; None with a camera."""
     total = 0
     for source in sources:
         if source.camera is not None:
@@ -182,122 +193,99 @@ def _announced(sources: Iterable[Source]) -> int | None:
     return total
 
 
-def _read(sources: Iterable[Source], stop: Callable[[], bool]) -> Generator[_Start | Frame | _End]:
-    """Yields the frames of all sources, each between its start and its end."""
+def _read(sources: Iterable[Source], stop: Callable[[], bool]) -> Generator[_Item]:
+    """Yields the frames of each source, then its end."""
     for source in sources:
-        failed = ""
+        error = ""
         try:
             if source.is_video:
-                failed = yield from _read_video(source, stop)
+                yield from _read_video(source, stop)
             else:
-                image = read_image(source.path)
-                yield _Start(source, 0.0)
-                yield Frame(0, None, image)
-        except DataError as error:
-            failed = str(error)
+                yield _Item(source, Frame(0, None, read_image(source.path)))
+        except DataError as fault:
+            error = str(fault)
         except MemoryError:
-            failed = f"{source.text} does not fit into memory; give a smaller picture"
-        yield _End(source, failed)
+            error = f"{source.text} does not fit into memory; use a smaller image"
+        yield _Item(source, error=error)
 
 
-def _read_video(
-    source: Source, stop: Callable[[], bool]
-) -> Generator[_Start | Frame | _End, None, str]:
-    """Yields the start and the frames of a video or camera; returns what was wrong with it."""
+def _read_video(source: Source, stop: Callable[[], bool]) -> Generator[_Item]:
+    """Yields the frames of a video or camera; raises DataError if a file is cut off."""
     with closing(Video(source.path if source.camera is None else source.camera)) as video:
         if not video.has_stamps:
             log.warning("%s has no timestamps; time_s is %s", source.text, video.clock)
-        yield _Start(source, video.fps)
-        count = 0
         for frame in video:
-            yield frame
-            count += 1
+            yield _Item(source, frame, fps=video.fps)
             if source.camera is not None and stop():
-                break
-        return "" if source.camera is not None else video.shortfall(count)
+                return
+        video.check_complete()
 
 
-def _predict(
-    predictor: Predictor, read: Generator[_Start | Frame | _End], roi: Roi | None
-) -> Generator[_Start | _Found | _End]:
-    """Finds the pupil in each frame; a fault goes into the source's end."""
-    failed = ""
-    with closing(read):
-        for item in read:
-            if isinstance(item, Frame):
-                try:
-                    yield _Found(item, _pupil(predictor, item.image, roi))
-                except DataError as error:
-                    failed = str(error)
-                except MemoryError:
-                    failed = f"a frame of {item.image.shape} does not fit into memory"
-            elif isinstance(item, _End):
-                wrong = f"{item.source.text}: {failed}" if failed else item.failed
-                failed = ""
-                yield _End(item.source, wrong)
-            else:
+def _find(predictor: Predictor, roi: Roi | None, items: Generator[_Item]) -> Generator[_Item]:
+    """Adds the prediction to each frame; a frame that fails becomes an error of its source."""
+    with closing(items):
+        for item in items:
+            if item.frame is None:
                 yield item
+                continue
+            image = item.frame.image
+            try:
+                yield item._replace(prediction=_predict(predictor, roi, image))
+            except DataError as error:
+                yield _Item(item.source, error=f"{item.source.text}: {error}")
+            except MemoryError:
+                yield _Item(
+                    item.source,
+                    error=f"{item.source.text}: a frame of {image.shape} does not fit into memory",
+                )
 
 
-def _pupil(predictor: Predictor, image: NDArray[np.uint8], roi: Roi | None) -> Prediction:
-    """Returns the pupil in a frame or its region, in the frame's pixels."""
+def _predict(predictor: Predictor, roi: Roi | None, image: NDArray[np.uint8]) -> Prediction:
+    """Returns the pupil in a frame or its region, in pixels of the frame."""
     if roi is None:
         return predictor(image)
     return roi.to_frame(predictor(roi.cut(image)), image.shape)
 
 
-class _Writer:
-    """The last step: rows, overlays and masks, one source after the other."""
+class _Pictures:
+    """Overlays and masks of one source, as a context manager.
 
-    def __init__(self, out: Path, options: Options, journal: Journal, done: Outcome) -> None:
-        self._out, self._options, self._journal, self._done = out, options, journal, done
-        self._start: _Start | None = None
+    The overlays of a video are one file, which appears once the block has succeeded.
+    """
+
+    def __init__(self, out: Path, source: Source, options: Options) -> None:
+        self._out = out
+        self._source = source
+        self._options = options
         self._video: VideoFile | None = None
 
-    def take(self, item: _Start | _Found | _End) -> int:
-        """Writes what came; returns the number of frames that it was."""
-        if isinstance(item, _Start):
-            self._start = item
-            return 0
-        if isinstance(item, _End):
-            self._end(item)
-            return 0
-        assert self._start is not None  # each frame follows its source's start
-        source, (number, time_s, image), prediction = self._start.source, *item
-        self._done.frames += 1
-        self._done.blinks += prediction.ellipse is None
-        self._journal.append(row(source, number, time_s, prediction, self._options.mm_per_px))
+    def write(self, frame: Frame, prediction: Prediction, fps: float) -> None:
+        """Writes overlay and mask of a frame, as far as the options ask for them."""
+        name = self._source.name
         if self._options.overlays:
-            self._draw(overlay(image, prediction))
+            picture = overlay(frame.image, prediction)
+            if not self._source.is_video:
+                write_image(self._out / OVERLAYS / f"{name}.jpg", picture)
+            else:
+                if self._video is None:
+                    self._video = VideoFile(self._out / OVERLAYS / f"{name}.mp4", fps)
+                self._video.write(picture)
         if self._options.masks:
-            name = f"{source.name}/{number:06d}" if source.is_video else source.name
-            write_image(self._out / "masks" / f"{name}.png", prediction.mask * 255, flush=False)
-        return 1
+            part = f"{name}/{frame.number:06d}" if self._source.is_video else name
+            write_image(self._out / "masks" / f"{part}.png", prediction.mask * 255)
 
-    def _draw(self, picture: NDArray[np.uint8]) -> None:
-        """Writes the overlay of a frame."""
-        assert self._start is not None
-        source = self._start.source
-        below = self._out / OVERLAYS
-        if not source.is_video:
-            write_image(below / f"{source.name}.jpg", picture, flush=False)
-            return
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._video is None:
-            self._video = VideoFile(below / f"{source.name}.mp4", self._start.fps)
-        self._video.write(picture)
-
-    def _end(self, end: _End) -> None:
-        """Ends a source: its files have their names before its rows count."""
-        if self._video is not None:
+            return
+        if kind is None:
             self._video.finish()
-            self._video = None
-        if end.failed:
-            self._done.failed.append(end.failed)
-            log.error("%s", end.failed)
-        self._journal.finish(end.source, end.failed)
-        self._start = None
-
-    def close(self) -> None:
-        """Leaves no half-written video."""
-        if self._video is not None:
+        else:
             self._video.discard()

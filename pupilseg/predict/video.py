@@ -59,6 +59,7 @@ class Video:
         self._camera = isinstance(source, int)
         self._name = f"camera {source}" if self._camera else str(source)
         self._opened_ms: float | None = None
+        self._count = 0
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         # FFmpeg draws text files (.txt, .nfo) as pictures of letters.
         is_text = self._capture.get(cv2.CAP_PROP_FOURCC) == cv2.VideoWriter.fourcc(*"ansi")
@@ -108,26 +109,25 @@ class Video:
         return self._capture.get(cv2.CAP_PROP_POS_MSEC), to_grey(picture)
 
     def __iter__(self) -> Iterator[Frame]:
-        """Yields the frames from the first on, once."""
-        number = 0
-        while True:
-            pair = self._first.pop(0) if self._first else self._read()
-            if pair is None:
-                break
-            stamp, image = pair
-            counted = number / self.fps if self.fps else None
-            yield Frame(number, stamp / 1e3 if self.has_stamps else counted, image)
-            number += 1
+        """Yields the frames, once."""
+        while (pair := self._first.pop(0) if self._first else self._read()) is not None:
+            stamp_ms, image = pair
+            counted = self._count / self.fps if self.fps else None
+            yield Frame(self._count, stamp_ms / 1e3 if self.has_stamps else counted, image)
+            self._count += 1
 
-    def shortfall(self, read: int) -> str:
-        """Says that frames are missing from a video of which so many were read; "" if not."""
-        missing = self.frames - read
-        if missing <= max(1, MISSING_SHARE * self.frames):
-            return ""
-        return (
-            f"{self._name} is cut off or damaged: it announces {self.frames} frames, {read} could "
-            "be decoded; their rows are kept"
-        )
+    def check_complete(self) -> None:
+        """Compares the number of frames read so far with the number that a file announces.
+
+        Raises:
+            DataError: too many frames are missing.
+        """
+        missing = self.frames - self._count
+        if not self._camera and missing > max(1, MISSING_SHARE * self.frames):
+            raise DataError(
+                f"{self._name} is cut off or damaged: it announces {self.frames} frames, of which "
+                f"{self._count} could be decoded; their rows are kept"
+            )
 
     def close(self) -> None:
         """Lets the file or the camera go."""

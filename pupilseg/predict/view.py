@@ -14,7 +14,7 @@ from pupilseg.errors import DataError
 from pupilseg.files import write_text
 from pupilseg.pages import data_uri, render_page
 from pupilseg.pictures import encode
-from pupilseg.predict.journal import COLUMNS, CSV_NAME, source_names
+from pupilseg.predict.journal import COLUMNS, CSV_NAME, overlay_names
 from pupilseg.predict.runner import OVERLAYS
 from pupilseg.predict.video import pictures_at
 
@@ -127,7 +127,7 @@ def _pictures(
     places: dict[str, dict[int, int]] = {}
     for number in wanted:
         places.setdefault(rows[number][0], {})[rows[number][1]] = number
-    for text, name in source_names(directory).items():
+    for text, name in overlay_names(directory).items():
         frames = places.get(text, {})
         still = directory / OVERLAYS / f"{name}.jpg"
         video = directory / OVERLAYS / f"{name}.mp4"

@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from pupilseg.cli import main
+from pupilseg.cli.main import main
 from pupilseg.model_files.calibration import Calibration
 from pupilseg.model_files.checkpoint import load_tensors, read_card
-from pupilseg.model_files.safetensors import write_weights
+from pupilseg.model_files.safetensors import write_safetensors
 from pupilseg.shards import write_shards
 from tests.helpers.checkpoints import model_file
 from tests.helpers.fakes import FakeDataset
@@ -115,10 +115,10 @@ def test_info_of_each_form(model, tmp_path, capsys):
     model_file(
         tmp_path / "m.pt",
         preprocessing="gamma0.8+clahe1.5",
-        licence="MIT",
+        license="MIT",
         metrics={"valid_iou": 0.25},
     )
-    write_weights(
+    write_safetensors(
         tmp_path / "m.safetensors",
         load_tensors(tmp_path / "m.pt"),
         read_card(tmp_path / "m.pt"),

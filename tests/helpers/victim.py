@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 _SERVER = """
-import os, signal, sys, traceback
+import os, signal, sqlite3, sys, traceback
 from pathlib import Path
 
 # Python reports each of these just before it happens (PEP 578), with where in its arguments the
@@ -22,8 +22,27 @@ CHANGES = {"open": None, "os.mkdir": 2, "os.remove": 1, "os.rename": 2, "os.rmdi
 def kill_before(nth, folder):
     made = 0
 
-    def hook(event, args):
+    def count():
         nonlocal made
+        made += 1
+        if made == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def statement(text):
+        if not text.startswith("SELECT"):
+            count()
+
+    # SQLite opens and writes files without Python, so each of its statements counts as a change.
+    connect = sqlite3.connect
+
+    def connect_and_trace(*args, **options):
+        connection = connect(*args, **options)
+        connection.set_trace_callback(statement)
+        return connection
+
+    sqlite3.connect = connect_and_trace
+
+    def hook(event, args):
         if event not in CHANGES or isinstance(args[0], int):
             return
         if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -31,11 +50,8 @@ def kill_before(nth, folder):
         path, at = os.fsdecode(args[0]), CHANGES[event]
         if at is not None and args[at] >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{args[at]}"), path)
-        if not path.startswith(folder):
-            return
-        made += 1
-        if made == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if path.startswith(folder):
+            count()
 
     sys.addaudithook(hook)
 

@@ -303,7 +303,7 @@ def bad_files(directory):
     (directory / "folder.onnx").mkdir()
     image = helper.make_node("Cast", ["image"], ["logits"], to=TensorProto.FLOAT)
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 1, "h", "w"])
-    yield directory / "missing.onnx", "there is no model file"
+    yield directory / "missing.onnx", "does not exist"
     yield directory / "folder.onnx", "Is a directory"
     yield put("empty.onnx", b""), "is empty"
     yield put("text.onnx", b"not a network at all"), "not an ONNX model"
@@ -311,7 +311,7 @@ def bad_files(directory):
         yield put(f"cut{share}.onnx", good[: int(share * len(good))]), "export"
     yield put("model.pt", b"PK"), "is a checkpoint, expected ONNX"
     yield threshold_onnx(directory / "foreign.onnx", drop=METADATA), "metadata lack model, task"
-    yield threshold_onnx(directory / "lacks.onnx", drop=["licence"]), "metadata lack licence"
+    yield threshold_onnx(directory / "lacks.onnx", drop=["license"]), "metadata lack license"
     yield threshold_onnx(directory / "task.onnx", task="depth"), "task is 'depth'"
     yield threshold_onnx(directory / "pre.onnx", preprocessing="x"), "preprocessing is 'x'"
     yield threshold_onnx(directory / "json.onnx", metrics="{"), "cannot be read"
@@ -334,7 +334,7 @@ def test_output_of_another_shape(tmp_path):
     node = helper.make_node("Cast", ["image"], ["logits"], to=TensorProto.FLOAT)
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 1, "h", "w"])
     path = write(tmp_path / "m.onnx", [node], output, {}, METADATA)
-    with pytest.raises(CheckpointError, match=r"gives \(1, 1, 400, 640\).*expected \(1, 2, 400"):
+    with pytest.raises(CheckpointError, match=r"shape \(1, 1, 400, 640\).*expected \(1, 2, 400"):
         Predictor(path)(eye())
 
 

@@ -3,33 +3,38 @@
 import csv
 import math
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from pupilseg.errors import DataError, LockedError, OutputError, UsageError
+from pupilseg.errors import DataError, LockedError, OutputError, PupilSegError, UsageError
 from pupilseg.files import directory_lock
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.pictures import read_image
 from pupilseg.predict.inputs import find_sources
-from pupilseg.predict.journal import COLUMNS, JOURNAL_NAME
+from pupilseg.predict.journal import COLUMNS, DATABASE_NAME, Journal, overlay_names
 from pupilseg.predict.predictor import Predictor
 from pupilseg.predict.roi import Roi
 from pupilseg.predict.runner import Options, predict_paths
 from pupilseg.predict.video import Video, VideoFile, pictures_at
+from pupilseg.runtime.threads import THREAD_NAME
 from tests.helpers.frames import PUPIL, eye, write_video
 from tests.helpers.onnx_files import threshold_onnx
 from tests.helpers.paths import ROOT
 from tests.helpers.victim import Victim
 
 BLINK = np.full((HEIGHT, WIDTH), 120, np.uint8)
+RESUME = Options(skip_existing=True)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def test_folder_to_csv_overlays_and_masks(folder, predictor):
     stems = [*(str(i) for i in range(1, 12)), "deep/2", "deep/2_png"]
     assert set(files_below(out)) == {
         "pupil.csv",
-        JOURNAL_NAME,
+        DATABASE_NAME,
         *(f"overlays/{s}.jpg" for s in stems),
         *(f"masks/{s}.png" for s in stems),
     }
@@ -195,14 +200,13 @@ def test_finished_files_are_skipped_and_keep_their_rows(folder, predictor, eyes)
     write_video(source / "v.avi", eyes)
     whole = write_video(folder / "w.avi", eyes).read_bytes()
     (source / "w.avi").write_bytes(whole[: len(whole) // 2])
-    go_on = Options(skip_existing=True)
-    first = predict_paths(predictor, [str(source)], out, go_on)
+    first = predict_paths(predictor, [str(source)], out, RESUME)
     assert (first.skipped, len(first.failed)) == (0, 2)
     cut = first.frames - 13 - 11
     assert 3 <= cut <= 8
     before = read_rows(out)
     marks = {p: p.stat().st_mtime_ns for p in out.rglob("*.jpg")}
-    again = predict_paths(predictor, [str(source)], out, go_on)
+    again = predict_paths(predictor, [str(source)], out, RESUME)
     # What failed is tried again; its rows are there once.
     assert (again.frames, again.skipped, len(again.failed)) == (cut, 14, 2)
     assert read_rows(out) == before
@@ -212,7 +216,7 @@ def test_finished_files_are_skipped_and_keep_their_rows(folder, predictor, eyes)
     (source / "w.avi").write_bytes(whole)
     cv2.imwrite(str(folder / "3.png"), eyes[0])
     paths = [str(source / "3.png"), str(source / "w.avi"), str(folder / "3.png")]
-    third = predict_paths(predictor, paths, out, go_on)
+    third = predict_paths(predictor, paths, out, RESUME)
     assert (third.frames, third.skipped, third.failed) == (13, 0, [])
     rows = read_rows(out)
     assert len(rows) == len(before) - cut + 11 + 1
@@ -223,58 +227,120 @@ def test_finished_files_are_skipped_and_keep_their_rows(folder, predictor, eyes)
 
 
 def test_other_settings_are_refused(folder, predictor, tmp_path):
-    out, go_on = folder / "out", Options(skip_existing=True)
-    predict_paths(predictor, [str(folder / "in" / "1.png")], out, go_on)
+    out = folder / "out"
+    predict_paths(predictor, [str(folder / "in" / "1.png")], out, RESUME)
     before = files_below(out)
     other = Predictor(threshold_onnx(tmp_path / "other.onnx", 71))
     for model, options in (
-        (other, go_on),
+        (other, RESUME),
         (predictor, Options(skip_existing=True, mm_per_px=0.1)),
         (predictor, Options(skip_existing=True, roi=Roi(0, 0, 9, 9))),
         (predictor, Options(skip_existing=True, masks=True)),
     ):
-        with pytest.raises(UsageError, match="holds results made in another way"):
+        with pytest.raises(UsageError, match="holds results made with other settings"):
             predict_paths(model, [str(folder / "in")], out, options)
     assert files_below(out) == before
     predict_paths(other, [str(folder / "in" / "2.png")], out)  # anew
     assert [Path(row["file"]).name for row in read_rows(out)] == ["2.png"]
 
 
-@pytest.mark.parametrize(
-    "tail", [b"half a ro", b'#done {"key": "x"', b"#done {}\n", b"1,2\n#done 5\n"]
-)
-def test_a_torn_journal_costs_its_end(folder, predictor, tail):
-    """As a kill, or a power cut, may leave it."""
-    out, go_on = folder / "out", Options(skip_existing=True)
-    paths = [str(folder / "in" / f"{i}.png") for i in (1, 2)]
-    predict_paths(predictor, paths[:1], out, go_on)
-    with (out / JOURNAL_NAME).open("ab") as handle:
-        handle.write(tail)
-    done = predict_paths(predictor, paths, out, go_on)
-    assert (done.frames, done.skipped) == (1, 1)
-    assert [Path(row["file"]).name for row in read_rows(out)] == ["1.png", "2.png"]
+def test_files_that_are_no_database_of_this_version(folder, predictor):
+    """Nothing is overwritten without being asked for, and the message names the way out."""
+    out = folder / "out"
+    database = out / DATABASE_NAME
+    predict_paths(predictor, [str(folder / "in" / "1.png")], out)
+    whole = database.read_bytes()
+    before = (out / "pupil.csv").read_bytes()
+
+    def refused(kind, message):
+        with pytest.raises(kind, match=message + ".*choose another --out, or run without --skip"):
+            predict_paths(predictor, [str(folder / "in")], out, RESUME)
+        assert (out / "pupil.csv").read_bytes() == before
+
+    database.write_bytes(b"not a database at all" * 300)
+    refused(DataError, r"sqlite3 is damaged \(file is not a database\)")
+    database.write_bytes(whole[: len(whole) // 2])
+    refused(DataError, "sqlite3 is damaged")
+    database.write_bytes(whole.replace(b'"format": 1', b'"format": 2'))
+    refused(UsageError, "other settings \\(format was 2, is 1\\)")
+    database.unlink()
+    (out / ".pupil.journal").write_text('#pupilseg {"model": "x"}\n')
+    refused(UsageError, "pupil.journal was written by an earlier version")
+    # Without --skip-existing the run starts over.
+    predict_paths(predictor, [str(folder / "in" / "1.png")], out)
+    assert (out / "pupil.csv").read_bytes() == before
+    assert not (out / ".pupil.journal").exists()
 
 
-def test_damaged_rows_are_made_again(folder, predictor):
-    out, go_on = folder / "out", Options(skip_existing=True)
-    predict_paths(predictor, [str(folder / "in")], out, go_on)
+def test_a_changed_byte_never_changes_the_result(folder, predictor):
+    """Anywhere in the database: the source is predicted again, or the damage is reported."""
+    out = folder / "out"
+    paths = [str(folder / "in" / f"{i}.png") for i in (1, 2, 11)]
+    predict_paths(predictor, paths, out, Options(overlays=False))
+    database = out / DATABASE_NAME
+    whole = database.read_bytes()
+    wanted = sorted((out / "pupil.csv").read_bytes().splitlines())
+    used = [i for i, value in enumerate(whole) if value]
+    header, inside = [i for i in used if i < 100], [i for i in used if i >= 100]
+    options = Options(overlays=False, skip_existing=True)
+    redone = refused = 0
+    for place in header + inside[:: len(inside) // 100]:
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        for path in out.iterdir():
+            path.unlink()
+        database.write_bytes(content)
+        try:
+            redone += predict_paths(predictor, paths, out, options).frames
+        except PupilSegError as error:
+            assert DATABASE_NAME in str(error) or "holds results made with" in str(error)
+            refused += 1
+        else:
+            found = (out / "pupil.csv").read_bytes().splitlines()
+            assert sorted(found) == wanted, place
+    assert redone > 10
+    assert refused > 10
+
+
+def test_damaged_rows_are_predicted_again(folder, predictor):
+    out = folder / "out"
+    predict_paths(predictor, [str(folder / "in")], out, RESUME)
     whole = (out / "pupil.csv").read_bytes()
-    journal = (out / JOURNAL_NAME).read_bytes()
-    (out / JOURNAL_NAME).write_bytes(journal.replace(b"52.4", b"99.9", 1))
-    done = predict_paths(predictor, [str(folder / "in")], out, go_on)
+    database = out / DATABASE_NAME
+    database.write_bytes(database.read_bytes().replace(b"52.4", b"99.9", 1))
+    done = predict_paths(predictor, [str(folder / "in")], out, RESUME)
     assert (done.frames, done.skipped) == (1, 12)
     assert sorted((out / "pupil.csv").read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
-def test_names_that_look_like_marks(predictor, eyes, tmp_path, monkeypatch):
+def test_unusual_file_names(predictor, eyes, tmp_path, monkeypatch):
+    """Commas, quotes, line breaks, and bytes that are not UTF-8."""
     monkeypatch.chdir(tmp_path)
-    for name in ("#done {}.png", "two\nlines.png", 'quo"te,.png'):
-        cv2.imwrite(name, eyes[0])
-    for expected in (3, 0):
-        done = predict_paths(predictor, ["*.png"], tmp_path / "o", Options(skip_existing=True))
+    names = ["#1.png", 'quo"te,.png', "two\nlines.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        Path(name).write_bytes(cv2.imencode(".png", eyes[0])[1].tobytes())
+    for expected in (4, 0):
+        done = predict_paths(predictor, ["*.png"], tmp_path / "o", RESUME)
         assert done.frames == expected
-        files = sorted(row["file"] for row in read_rows(tmp_path / "o"))
-        assert files == ["#done {}.png", 'quo"te,.png', "two\nlines.png"]
+        with (tmp_path / "o" / "pupil.csv").open(newline="", errors="surrogateescape") as handle:
+            assert sorted(row["file"] for row in csv.DictReader(handle)) == names
+    assert sorted(overlay_names(tmp_path / "o")) == names
+
+
+def test_the_database_can_be_read_by_others(folder, predictor):
+    """Other programs read it without write access; nothing is left beside it."""
+    out = folder / "out"
+    predict_paths(predictor, [str(folder / "in")], out)
+    assert {path.name for path in out.iterdir()} == {"pupil.csv", "overlays", DATABASE_NAME}
+    address = f"{(out / DATABASE_NAME).as_uri()}?mode=ro&immutable=1"
+    with closing(sqlite3.connect(address, uri=True)) as connection:
+        assert connection.execute("SELECT count(*) FROM rows").fetchone() == (13,)
+    # While a run writes to it, reading ends with an error of one line.
+    with (
+        closing(Journal(out, {}, resume=False)),
+        pytest.raises(OutputError, match="another process is using it"),
+    ):
+        overlay_names(out)
 
 
 @pytest.mark.integration
@@ -287,18 +353,19 @@ def test_killed_and_gone_on_with(number, folder, predictor, eyes):
     command += ["--model", str(predictor.network.path), "--out", str(folder / "out")]
     command += ["--skip-existing"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    journal = folder / "out" / JOURNAL_NAME
+    overlays = folder / "out" / "overlays"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"#done") >= 16:
+        if len(list(overlays.glob("[!.]*"))) >= 16:
             break
         time.sleep(0.005)
     process.send_signal(number)
     said = process.communicate()[1]
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     assert "Traceback" not in said
-    assert ("--skip-existing goes on" in said) == (number == signal.SIGINT)
-    assert not (folder / "out" / "pupil.csv").exists()
+    assert ("--skip-existing" in said) == (number == signal.SIGINT)
+    # Ctrl-C leaves the rows of the finished files; a kill leaves no incomplete file.
+    assert (folder / "out" / "pupil.csv").exists() == (number == signal.SIGINT)
     done = predict_paths(
         predictor, [str(folder / "in")], folder / "out", Options(skip_existing=True)
     )
@@ -309,6 +376,16 @@ def test_killed_and_gone_on_with(number, folder, predictor, eyes):
     ).read_bytes()
     names = {p.name for p in (folder / "out" / "overlays").iterdir()}
     assert names == {p.name for p in (folder / "unbroken" / "overlays").iterdir()}
+
+
+def finished_in(out):
+    """Returns the number of finished sources in a directory."""
+    if not (out / DATABASE_NAME).exists():
+        return 0
+    with closing(sqlite3.connect(out / DATABASE_NAME)) as connection:
+        if not connection.execute("SELECT * FROM sqlite_schema").fetchall():
+            return 0
+        return connection.execute("SELECT count(*) FROM sources").fetchone()[0]
 
 
 PREDICT = """
@@ -334,13 +411,15 @@ def test_a_kill_before_each_change_to_a_file(predictor, eyes, tmp_path):
         victim.run(tmp_path / "whole")
         wanted = files_below(tmp_path / "whole")
         for folder in victim.each_kill(tmp_path):
-            journal = folder / "out" / JOURNAL_NAME
-            skipped.append(journal.read_bytes().count(b"#done") if journal.exists() else 0)
+            if (folder / "out").exists():
+                shutil.copytree(folder / "out", folder / "copy")  # reading applies the log
+                skipped.append(finished_in(folder / "copy"))
+                shutil.rmtree(folder / "copy")
             victim.run(folder)
             found = files_below(folder)
             assert sorted(found) == sorted(wanted), folder.name
             for name, content in found.items():
-                assert content == wanted[name] or JOURNAL_NAME in name, (folder.name, name)
+                assert content == wanted[name] or name.endswith(DATABASE_NAME), (folder.name, name)
     # Drawing goes on beside the journal, so not every run passes through 1 and through 2.
     assert {0, 3} < set(skipped)
 
@@ -595,8 +674,9 @@ def test_an_interrupted_video_leaves_no_half_and_no_thread(predictor, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         predict_paths(predictor, ["7"], tmp_path / "out", stop=stop)
     left = {p.name for p in (tmp_path / "out").rglob("*")}
-    assert left == {"overlays", JOURNAL_NAME}
-    assert not [t for t in threading.enumerate() if t.name == "pupilseg-step"]
+    assert left == {"overlays", "pupil.csv", DATABASE_NAME}
+    assert read_rows(tmp_path / "out") == []
+    assert not [t for t in threading.enumerate() if t.name == THREAD_NAME]
 
 
 @pytest.mark.usefixtures("camera_7")
