@@ -1,8 +1,8 @@
-"""Time of augmentation: ms a frame of each part, of all, and of a training step beside them.
+"""Measures augmentation: ms per frame of each part, of all parts, and of a training step.
 
 python -m benchmarks.augment [--device cpu] [--batch-size 8] [--runs 20]
 
-All are timed in turn, run by run, so that a slow spell of the machine hits all of them.
+They are timed in turn, run by run, so that a slow phase of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.machine import machine_line
 from pupilseg.augment import AugmentConfig, augment
-from pupilseg.geometry import ellipse_vector
+from pupilseg.geometry import NORMALIZED, ellipse_vector
 from pupilseg.loader.loader import Batch
 from pupilseg.maps import distance_maps, spatial_weights
 from pupilseg.models import create_model
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULT = AugmentConfig()
-OFF = replace(DEFAULT, flip=0, scale=0, shift=0, streaks=0, blur=0, gamma=0, gain=0, offset=0)
-OFF = replace(OFF, noise=0)
+OFF = replace(
+    DEFAULT, flip=0, scale=0, shift=0, streaks=0, blur=0, gamma=0, gain=0, offset=0, noise=0
+)
 PARTS = {
     "flip": replace(OFF, flip=1),
     "scale and shift, new targets": replace(OFF, scale=1, shift=1),
@@ -43,13 +44,13 @@ PARTS = {
     "noise": replace(OFF, noise=DEFAULT.noise),
     "all, default shares": DEFAULT,
 }
-"""What is timed; each part by itself on every frame."""
+"""Configurations to time: each part alone, applied to every frame, and the default."""
 SHARES = (DEFAULT.flip, DEFAULT.scale, DEFAULT.streaks, DEFAULT.blur, 1.0, 1.0)
 STEP = "efficientvit, forward and backward"
 
 
 def rendered_batch(frames: int, device: torch.device) -> Batch:
-    """Returns rendered eyes with all targets."""
+    """Returns a batch of rendered eyes with all targets."""
     eyes = [render(index) for index in range(frames)]
     labels = [(eye.classes == 3).astype(np.uint8) for eye in eyes]
 
@@ -57,7 +58,7 @@ def rendered_batch(frames: int, device: torch.device) -> Batch:
         return torch.from_numpy(np.stack(arrays)).to(device)
 
     return Batch(
-        image=(column([eye.image[None] for eye in eyes]).float() / 255 - 0.5) / 0.5,
+        image=column([NORMALIZED[eye.image][None] for eye in eyes]),
         label=column(labels).long(),
         spatial_weights=column([spatial_weights(label) for label in labels]),
         dist_map=column([distance_maps(label) for label in labels]),
@@ -67,7 +68,7 @@ def rendered_batch(frames: int, device: torch.device) -> Batch:
 
 
 def training_step(batch: Batch, device: torch.device) -> Callable[[], None]:
-    """Returns what runs the network and its loss on the batch, forward and backward."""
+    """Returns a function that runs network and loss on the batch, forward and backward."""
     model = create_model("efficientvit").to(device, memory_format=torch.channels_last).train()
     image = batch.image.contiguous(memory_format=torch.channels_last)
 
@@ -79,12 +80,14 @@ def training_step(batch: Batch, device: torch.device) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Measures and prints a Markdown table."""
+    """Prints the measurements as a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.augment", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (cpu)")
-    parser.add_argument("--batch-size", type=int, default=8, help="frames of a batch (8)")
-    parser.add_argument("--runs", type=int, default=20, help="timed batches (20)")
-    parser.add_argument("--no-compile", action="store_true", help="no torch.compile on CUDA")
+    parser.add_argument("--batch-size", type=int, default=8, help="frames per batch (8)")
+    parser.add_argument("--runs", type=int, default=20, help="number of timed batches (20)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not use torch.compile on CUDA"
+    )
     args = parser.parse_args()
     device = find_device(args.device)
     batch = rendered_batch(args.batch_size, device)
@@ -111,7 +114,7 @@ def main() -> None:
         f"{where}, {torch.get_num_threads()} threads, batch {args.batch_size}, "
         f"n = {args.runs} batches after 3\n"
     )
-    print("| part | ms a frame: min / median / p95 | share of frames | median x share |")
+    print("| part | ms per frame: min / median / p95 | share of frames | median x share |")
     print("| --- | --- | --- | --- |")
     for name, share in zip(times, (*SHARES, 1.0, 1.0), strict=True):
         low, median, high = np.percentile(times[name], [0, 50, 95])

@@ -1,4 +1,4 @@
-"""Mask, ellipse and vector: exact moments, and there and back within a tenth of a pixel."""
+"""Mask, ellipse and vector: exact moments, and round trips within a tenth of a pixel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from pupilseg.geometry import (
     ELLIPSE_SCALE,
     HEIGHT,
     NO_PUPIL,
+    NORMALIZED,
     RADIUS_UNIT,
     WIDTH,
     Ellipse,
@@ -24,14 +26,14 @@ from pupilseg.geometry import (
 
 
 def reference_moments(mask):
-    """Float64 moments straight from the definition."""
+    """Float64 moments computed from the definition."""
     y, x = np.nonzero(mask)
     return x.mean(), y.mean(), x.var(), y.var(), ((x - x.mean()) * (y - y.mean())).mean()
 
 
 @st.composite
 def whole_ellipses(draw):
-    """Ellipses that lie inside the frame, of the sizes that pupils have."""
+    """Ellipses inside the frame, of the sizes of pupils."""
     b = draw(st.floats(15, 90))
     a = draw(st.floats(b, 2 * b))
     reach = a + 2
@@ -59,16 +61,16 @@ AXES = ("center_x_px", "center_y_px", "semi_axis_a_px", "semi_axis_b_px")
 @settings(max_examples=60, deadline=None)
 @given(whole_ellipses())
 def test_ellipse_to_mask_to_ellipse(ellipse):
-    """Even where a whole run of pixel centres lies on the rim, as on integer semi-axes."""
+    """Also if many pixel centers lie on the outline, as with integer semi-axes."""
     got = ellipse_from_mask(ellipse_mask(ellipse))
     for name in AXES:
         assert getattr(got, name) == pytest.approx(getattr(ellipse, name), abs=0.4), name
-    # The angle of a near-circle is noise: what must agree is where the axis ends.
+    # The angle of a near-circle is noise: compare the end of the axis.
     turn = math.sin(got.angle_rad - ellipse.angle_rad)
     assert abs(turn) * (ellipse.semi_axis_a_px - ellipse.semi_axis_b_px) < 0.4
 
 
-def test_ellipse_to_mask_to_ellipse_as_pupils_lie():
+def test_ellipse_to_mask_to_ellipse_is_unbiased():
     rng = np.random.default_rng(0)
     errors = []
     for _ in range(300):
@@ -80,7 +82,7 @@ def test_ellipse_to_mask_to_ellipse_as_pupils_lie():
     worst = np.abs(errors).max(axis=1)
     assert np.median(worst) < 0.05
     assert np.quantile(worst, 0.97) < 0.1
-    # No bias, where `cv2.fitEllipse` on the contour is 0.4 px too small.
+    # No bias; `cv2.fitEllipse` on the contour is 0.4 px too small.
     np.testing.assert_allclose(np.mean(errors, axis=0), 0, atol=0.01)
 
 
@@ -140,7 +142,7 @@ def test_blink():
     assert ellipse_from_mask(empty) is None
     vector = ellipse_vector(empty)
     np.testing.assert_array_equal(vector, NO_PUPIL)
-    vector[0] = 1  # a copy: the constant stays
+    vector[0] = 1  # a copy: the constant does not change
     assert NO_PUPIL[0] == 0
     assert ellipse_from_vector(NO_PUPIL) is None
     assert not ellipse_mask(None).any()
@@ -148,7 +150,7 @@ def test_blink():
 
 
 @pytest.mark.parametrize("vector", [[0.5, 0.5, -0.1, 0.2], [0.5, 0.5, 0.1, math.nan]])
-def test_vector_that_is_no_ellipse(vector):
+def test_invalid_vectors_give_no_ellipse(vector):
     assert ellipse_from_vector(vector) is None
 
 
@@ -165,6 +167,12 @@ def test_upright_ellipse_points_down_not_up():
     for x in np.linspace(100, 101, 23):
         got = ellipse_from_mask(ellipse_mask(Ellipse(float(x), 150.0, 60, 20, math.pi / 2)))
         assert -math.pi / 2 < got.angle_rad <= math.pi / 2
+
+
+def test_normalized_levels_are_those_of_torch_in_float32():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert NORMALIZED.dtype == np.float32
+    np.testing.assert_array_equal(NORMALIZED, (levels.float() / 255 - 0.5) / 0.5)
 
 
 def test_mask_of_another_shape_and_dtype():

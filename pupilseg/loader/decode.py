@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pupilseg.geometry import HEIGHT, IMAGE_TABLE, WIDTH
+from pupilseg.geometry import HEIGHT, NORMALIZED, WIDTH
 from pupilseg.maps import MAX_DISTANCE_SQUARED
 from pupilseg.runtime.compilation import Compiled
 from pupilseg.runtime.device import on_device
@@ -173,7 +173,7 @@ class BatchDecoder:
         self._label_dtype = label_dtype
         self._compiled_rows = compiled_rows
         self._compiled = Compiled(self._decode, "decoding")
-        self._image_table = torch.from_numpy(IMAGE_TABLE).to(device)
+        self._image_table = torch.from_numpy(NORMALIZED).to(device)
         self._shifts = torch.arange(8, dtype=torch.uint8, device=device)
         self._distances = distance_table(device) if "dist_map" in layout.encodings else None
 

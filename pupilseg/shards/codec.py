@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from pupilseg.errors import DataError
-from pupilseg.geometry import HEIGHT, IMAGE_TABLE, WIDTH
+from pupilseg.geometry import HEIGHT, NORMALIZED, WIDTH
 from pupilseg.maps import (
     MAX_DISTANCE_SQUARED,
     signed_tables,
@@ -121,7 +121,7 @@ def band_rows(words: Any) -> Any:
 
 def write_network_input(image: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Writes a stored image, uint8 (256000,) or (400, 640), as float32 (400, 640) in [-1, 1]."""
-    cv2.LUT(image.reshape(HEIGHT, WIDTH), IMAGE_TABLE, dst=out)
+    cv2.LUT(image.reshape(HEIGHT, WIDTH), NORMALIZED, dst=out)
 
 
 class FrameDecoder:
