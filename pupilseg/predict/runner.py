@@ -265,14 +265,14 @@ class _Pictures:
         if self._options.overlays:
             picture = overlay(frame.image, prediction)
             if not self._source.is_video:
-                write_image(self._out / OVERLAYS / f"{name}.jpg", picture)
+                write_image(self._out / OVERLAYS / f"{name}.jpg", picture, flush=False)
             else:
                 if self._video is None:
                     self._video = VideoFile(self._out / OVERLAYS / f"{name}.mp4", fps)
                 self._video.write(picture)
         if self._options.masks:
             part = f"{name}/{frame.number:06d}" if self._source.is_video else name
-            write_image(self._out / "masks" / f"{part}.png", prediction.mask * 255)
+            write_image(self._out / "masks" / f"{part}.png", prediction.mask * 255, flush=False)
 
     def __enter__(self) -> Self:
         return self
