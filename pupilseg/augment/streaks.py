@@ -53,7 +53,7 @@ class StreaksDraw(NamedTuple):
 
 
 class Streaks(Part[StreaksDraw]):
-    """Adds streaks that fade outward, as `pupilseg.synthetic.optics.add_spectacles` draws them."""
+    """Adds streaks that fade outward, as `pupilseg.synthetic.spectacles` draws them."""
 
     name = "streaks"
     numbers = 4 + 6 * RAYS

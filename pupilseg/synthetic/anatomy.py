@@ -1,8 +1,8 @@
-"""Who is looking, and where: the sampled eye as geometry and grey levels, before any pixel.
+"""A random eye as geometry and gray levels: pose, lids, gaze, pupil, iris.
 
-Eye coordinates: the origin in the middle between the corners, x towards the outer corner (so a left
-and a right eye are mirror images), y down, unit one px at scale 1. Sizes and shares are those
-measured on near-infrared frames of OpenEDS.
+Eye coordinates: the origin is the middle between the eye corners, x points to the outer corner (so
+left and right eyes are mirror images), y points down, and the unit is one px at scale 1. Sizes and
+shares were measured on near-infrared frames of OpenEDS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse
 from pupilseg.synthetic.fields import smooth_noise
+from pupilseg.synthetic.ranges import between
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,24 +25,24 @@ if TYPE_CHECKING:
 CLOSED_SHARE = 0.05
 """Share of frames with a closed eye."""
 SLIT_SHARE = 0.03
-"""Share of frames caught half-way through a blink."""
+"""Share of frames in the middle of a blink."""
 CUT_SHARE = 0.14
-"""Share of frames in which the gaze may take the pupil under a lid."""
+"""Share of frames in which a lid may cover part of the pupil."""
 OBLIQUE_SHARE = 0.12
-"""Share of frames whose camera looks from well beside the axis, as head-mounted ones do."""
+"""Share of frames with a camera far off the optical axis, like many head-mounted ones."""
 TAIL = 3.0
-"""Lid curves reach this many half-widths from the middle, past both borders of any frame."""
+"""Extent of lid curves from the middle, in half-widths: past both borders of any frame."""
 
 
 class Pose(NamedTuple):
-    """Where the eye lies in the frame.
+    """Position of the eye in the frame.
 
     Attributes:
         x_px: column of the middle between the eye corners.
-        y_px: row of the same point.
-        scale: px in the frame per unit of eye coordinates, 1 to 1.6.
-        angle_rad: rotation of the head, from +x towards +y.
-        side: 1 with the outer corner on the right, -1 on the left.
+        y_px: row of that point.
+        scale: frame px per unit of eye coordinates, 1 to 1.6.
+        angle_rad: rotation of the head, from +x toward +y.
+        side: 1 if the outer corner is on the right, else -1.
     """
 
     x_px: float
@@ -59,7 +60,7 @@ class Pose(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """Grey levels under even light, before the camera's tone curve."""
+    """Gray levels under even light, before the camera's tone curve."""
 
     border: float
     pupil: float
@@ -69,7 +70,7 @@ class Levels(NamedTuple):
 
 
 class Lids(NamedTuple):
-    """The lid opening in eye coordinates; t runs from -1 (inner corner) to 1 (outer corner)."""
+    """The lid opening in eye coordinates; t is -1 at the inner corner and 1 at the outer one."""
 
     half_width: float
     upper: float
@@ -80,9 +81,9 @@ class Lids(NamedTuple):
     tilt: float
 
     def curves(self, t: NDArray[np.floating], lift: float = 1.0) -> tuple[Field, Field]:
-        """Returns y of the upper and the lower lid at t, `lift` scaling how far they stand apart.
+        """Returns y of the upper and of the lower lid at t; `lift` scales their distance.
 
-        Past the corners the two have crossed, so nothing is open there.
+        Past the corners the lids have crossed, so nothing is open there.
         """
         inside = np.clip(t, -1, 1)
         bent = inside + self.skew * (1 - inside**2)
@@ -99,14 +100,14 @@ class Eye:
     """One eye in one frame.
 
     Attributes:
-        pose: its place in the frame.
+        pose: position in the frame.
         lids: the opening in eye coordinates.
         upper: float32 (640,), row of the upper lid's edge in each column.
         lower: float32 (640,), row of the lower lid's edge; the opening is upper <= y <= lower.
-        pupil: the full pupil in frame px, also what a lid hides.
+        pupil: the full pupil in frame px, including the part behind a lid.
         iris: the full iris in frame px.
-        closed: no opening at all.
-        levels: grey levels.
+        closed: whether there is no opening.
+        levels: gray levels.
     """
 
     pose: Pose
@@ -119,21 +120,15 @@ class Eye:
     levels: Levels
 
 
-def between(rng: np.random.Generator, low: float, high: float, peak: float = 1.0) -> float:
-    """Draws from [low, high]; a `peak` above 1 gathers the draws around the middle."""
-    share = rng.beta(peak, peak) if peak > 1 else rng.random()
-    return float(low + (high - low) * share)
-
-
 def _levels(rng: np.random.Generator) -> Levels:
-    pupil = between(rng, 31.5, 39.5, 1.5)
+    pupil = between(rng, 31.5, 39.5, peak=1.5)
     iris = float(np.clip(pupil + 15 + 47 * rng.random() ** 1.35, 52, 96))
-    # Before the shading of lids and corners, which takes a sixth of the median.
-    sclera = float(np.clip(iris + between(rng, 9, 44, 1.4), 76, 124))
-    # One frame in six so near to the lamps that skin above the eye saturates.
-    skin = between(rng, 160, 235) if rng.random() < 1 / 6 else between(rng, 102, 168, 1.3)
+    # Before the shading of lids and corners, which darkens the median by a sixth.
+    sclera = float(np.clip(iris + between(rng, 9, 44, peak=1.4), 76, 124))
+    # In one frame of six the lamps are so near that the skin above the eye saturates.
+    skin = between(rng, 160, 235) if rng.random() < 1 / 6 else between(rng, 102, 168, peak=1.3)
     skin = max(skin, sclera + 8)
-    # Mostly 11 levels below the pupil; a lens mount that scatters no light at all is black.
+    # Mostly about 11 levels below the pupil; a lens mount that scatters no light is black.
     border = between(rng, 7, 14) if rng.random() < 0.8 else between(rng, 14, pupil)
     return Levels(pupil - border, pupil, iris, sclera, skin)
 
@@ -146,45 +141,45 @@ def _lids(rng: np.random.Generator, opening: float) -> Lids:
         lower=opening * (1 - upper),
         upper_power=between(rng, 1.6, 2.7),
         lower_power=between(rng, 1.5, 3.6),
-        skew=between(rng, -0.22, 0.22, 2),
-        tilt=between(rng, -0.10, 0.10, 2),
+        skew=between(rng, -0.22, 0.22, peak=2),
+        tilt=between(rng, -0.10, 0.10, peak=2),
     )
 
 
 def _foreshortened(center: Field, radius: float, ratio: float, direction: float) -> Ellipse:
-    """Returns a disc seen at an angle: shorter by `ratio` along `direction`."""
+    """Returns a disc seen at an angle: scaled by `ratio` along `direction`."""
     angle = (direction + math.pi) % math.pi - math.pi / 2
     angle = angle if angle > -math.pi / 2 else math.pi / 2
     return Ellipse(float(center[0]), float(center[1]), radius, radius * ratio, angle)
 
 
 def sample_eye(rng: np.random.Generator) -> Eye:
-    """Draws an eye: lids, gaze, pupil, iris, place in the frame and grey levels."""
+    """Returns a random eye: lids, gaze, pupil, iris, pose and gray levels."""
     fate = rng.random()
     closed = bool(fate < CLOSED_SHARE)
     slit = not closed and fate < CLOSED_SHARE + SLIT_SHARE
-    opening = between(rng, 20, 80) if slit else between(rng, 88, 186, 1.3)
+    opening = between(rng, 20, 80) if slit else between(rng, 88, 186, peak=1.3)
     lids = _lids(rng, opening)
     if closed:
-        # The upper lid comes down to the lower one, which keeps its curve.
+        # The upper lid meets the lower one, which keeps its curve.
         sag = lids.lower * between(rng, 0.2, 1.1)
         lids = lids._replace(upper=-sag, lower=sag, upper_power=2.0, lower_power=2.0, skew=0.0)
     pose = Pose(
-        x_px=WIDTH / 2 + between(rng, -75, 75, 1.5),
-        y_px=HEIGHT / 2 + between(rng, -50, 65, 1.5),
+        x_px=WIDTH / 2 + between(rng, -75, 75, peak=1.5),
+        y_px=HEIGHT / 2 + between(rng, -50, 65, peak=1.5),
         scale=1 + 0.6 * float(rng.beta(0.9, 1.8)),
-        angle_rad=between(rng, -0.16, 0.16, 2),
+        angle_rad=between(rng, -0.16, 0.16, peak=2),
         side=1 if rng.random() < 0.5 else -1,
     )
 
-    radius = between(rng, 84, 101, 1.3)
-    gaze_x = between(rng, -0.5, 0.5, 1.8) * lids.half_width
+    radius = between(rng, 84, 101, peak=1.3)
+    gaze_x = between(rng, -0.5, 0.5, peak=1.8) * lids.half_width
     t = np.array(gaze_x / lids.half_width)
     up, low = (float(v) for v in lids.curves(t))
-    # The lid follows the eye, so the iris stays near the middle of the opening; looking straight
-    # ahead the lower lid touches it and the upper one covers its top.
-    drift = between(rng, -0.25, 0.25, 1.8) * (low - up)
-    # Even on a logarithmic scale: small pupils are the harder ones to outline.
+    # The lids follow the gaze, so the iris stays near the middle of the opening. Looking straight
+    # ahead, the lower lid touches it and the upper one covers its top.
+    drift = between(rng, -0.25, 0.25, peak=1.8) * (low - up)
+    # Uniform on a logarithmic scale, because small pupils are harder to outline.
     pupil_px = math.exp(between(rng, math.log(22), math.log(62)))
     pupil_radius = min(pupil_px / pose.scale, 0.62 * radius)
     room = (low - up) / 2 - pupil_radius - 6
@@ -202,12 +197,12 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     ratio = math.cos(tilt)
     direction = math.atan2(toward[1], toward[0] * pose.side) + pose.angle_rad
 
-    # Nasal by 2 to 5 % of the iris, and refraction shifts the image of the pupil a little.
+    # Off the iris' center toward the nose by up to 5 % of its radius; refraction adds a little.
     off = np.array([-between(rng, 0.0, 0.05), 0.0]) + rng.normal(0, 0.02, 2)
     iris_xy = pose.to_frame(center)
     pupil_xy = pose.to_frame(center + off * radius)
     iris = _foreshortened(iris_xy, radius * pose.scale, ratio, direction)
-    # The cornea magnifies a pupil seen from the side, which stays rounder than the iris.
+    # Through the cornea, a pupil seen from the side looks rounder than the iris.
     pupil = _foreshortened(
         pupil_xy,
         pupil_radius * pose.scale,
@@ -219,8 +214,8 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     if closed:
         lower = upper - 1
     else:
-        # Folds and lash roots make a lid's edge uneven by a px or two. Past the corners nothing may
-        # come open by it.
+        # Folds and lash roots make a lid's edge uneven by a px or two, but must not open anything
+        # past the corners.
         is_open = (lower > upper).astype(np.float32)
         upper, lower = (
             edge + smooth_noise(rng, (1, 24), (1, WIDTH))[0] * is_open * between(rng, 0.0, 1.6)
@@ -230,7 +225,7 @@ def sample_eye(rng: np.random.Generator) -> Eye:
 
 
 def frame_curves(pose: Pose, lids: Lids) -> tuple[Field, Field]:
-    """Returns the rows of both lids in every frame column, float32 (640,) each."""
+    """Returns the rows of both lids' edges in every frame column, float32 (640,) each."""
     t = np.linspace(-TAIL, TAIL, 361)
     x = t * lids.half_width
     columns = np.arange(WIDTH)

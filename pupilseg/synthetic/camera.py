@@ -1,4 +1,4 @@
-"""The camera: blur of the lens, shot noise, and the tone curve of its driver."""
+"""The camera: blur of the lens, shot noise, tone curve of the driver, transmission."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.synthetic.anatomy import between
 from pupilseg.synthetic.fields import enlarge, soften
+from pupilseg.synthetic.ranges import between
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from pupilseg.synthetic.fields import Field
 
 SHOT_NOISE = 0.10
-"""Variance of the noise over the grey level, measured on raw frames."""
+"""Variance of the noise divided by the gray level, measured on raw frames."""
 GAMMA = 0.8
 CLAHE_CLIP, CLAHE_TILES = 1.5, (8, 8)
 GAMMA_TABLE = (255 * np.linspace(0, 1, 256) ** GAMMA).astype(np.uint8)
-"""The grey curve that RITnet's preprocessing applies before CLAHE."""
+"""The gray curve that RITnet's preprocessing applies before CLAHE."""
 HALF = (WIDTH // 2, HEIGHT // 2)
-"""Size at which a halo is made, which is wider than 2 px."""
+"""Size at which the halo is computed, which is wider than 2 px."""
 ENLARGED_SHARE = 0.08
-"""Share of frames from a sensor of fewer pixels, brought to size."""
+"""Share of frames from a sensor of fewer pixels, enlarged to size."""
 COMPRESSED_SHARE = 0.12
-"""Share of frames that went through JPEG, as most video does through something like it."""
+"""Share of frames compressed as JPEG; most video is compressed similarly."""
 SMEARED_SHARE = 1 / 30
-"""Share of frames in which the eye moves faster than the shutter."""
+"""Share of frames with motion blur."""
 BARS_SHARE = 0.06
-"""Share of frames with bars at both sides, where the pupil leaves room for them."""
+"""Share of frames with bars at both sides, of those whose pupil leaves room for them."""
 BAR_WIDTHS = (53, 120)
-"""Px a side when a frame of 4:3 or of 1:1 is fitted into 640 x 400."""
+"""Px per side when a 4:3 or 1:1 frame is fitted into 640 x 400."""
 
 
 def blur(rng: np.random.Generator, image: Field) -> Field:
-    """Returns the image as a lens focuses it: slight blur and a faint halo around what is bright.
+    """Returns the image blurred by the lens, with a faint halo around bright areas.
 
-    One frame in ten is out of focus, one in thirty smeared by a moving eye. All of it is even on
-    both sides, so no edge moves.
+    One frame in ten is out of focus, one in thirty has motion blur. All kernels are symmetric, so
+    no edge moves.
     """
     sigma = between(rng, 1.2, 2.4) if rng.random() < 0.1 else between(rng, 0.45, 1.0)
     sharp = soften(image, sigma)
@@ -55,7 +55,7 @@ def blur(rng: np.random.Generator, image: Field) -> Field:
 
 
 def _smear(image: Field, length: float, angle: float) -> Field:
-    """Returns the image moved by `length` px along `angle` while the shutter was open."""
+    """Returns the image with motion blur over `length` px along `angle`."""
     reach = math.ceil(length / 2)
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1), np.float32)
     for step in np.linspace(-0.5, 0.5, 65) * length:
@@ -65,7 +65,7 @@ def _smear(image: Field, length: float, angle: float) -> Field:
 
 
 def expose(rng: np.random.Generator, image: Field) -> NDArray[np.uint8]:
-    """Returns what the sensor reads: shot noise added, clipped and rounded to uint8."""
+    """Returns the sensor's reading: the image with shot noise, clipped and rounded to uint8."""
     strength = SHOT_NOISE * rng.lognormal(0.03, 0.25)
     noise = rng.standard_normal(image.shape, dtype=np.float32)
     if rng.random() < 0.2:
@@ -77,7 +77,7 @@ def expose(rng: np.random.Generator, image: Field) -> NDArray[np.uint8]:
 
 
 def tone(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], str]:
-    """Returns the frame as a driver hands it out, and which way: mostly raw."""
+    """Returns the frame as the camera's driver delivers it, mostly raw, and its trait."""
     kind = rng.random()
     if kind < 0.62:
         return image, "raw"
@@ -85,16 +85,16 @@ def tone(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np
         clahe = cv2.createCLAHE(CLAHE_CLIP, CLAHE_TILES)
         return np.asarray(clahe.apply(cv2.LUT(image, GAMMA_TABLE)), np.uint8), "clahe"
     if kind < 0.83:
-        return np.asarray(cv2.equalizeHist(image), np.uint8), "equalised"
-    grey = np.linspace(0, 1, 256) ** between(rng, 0.75, 1.35)
-    table = grey * 255 * between(rng, 0.7, 1.6) + between(rng, -18, 15)
+        return np.asarray(cv2.equalizeHist(image), np.uint8), "equalized"
+    gray = np.linspace(0, 1, 256) ** between(rng, 0.75, 1.35)
+    table = gray * 255 * between(rng, 0.7, 1.6) + between(rng, -18, 15)
     return np.asarray(cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)), np.uint8), "curve"
 
 
 def transmit(
     rng: np.random.Generator, image: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], set[str]]:
-    """Returns the frame as it arrives: some enlarged from fewer pixels, some compressed."""
+    """Returns the frame as received: some are enlarged from fewer pixels, some compressed."""
     traits = set()
     share, quality = between(rng, 0.45, 0.85), round(between(rng, 30, 92))
     if rng.random() < ENLARGED_SHARE:
@@ -113,9 +113,9 @@ def transmit(
 def crop_to_bars(
     rng: np.random.Generator, eye: Eye, image: NDArray[np.uint8], classes: NDArray[np.uint8]
 ) -> set[str]:
-    """Blackens both sides as letterboxing a camera's 4:3 or 1:1 frame does, in place.
+    """Blackens both sides in place, like letterboxing a 4:3 or 1:1 frame.
 
-    What the bars take is no eye any more. Frames whose pupil they would cut stay as they are.
+    Labels under the bars become background. Frames whose pupil the bars would cut are not changed.
     """
     width = int(rng.choice(BAR_WIDTHS))
     pupil = eye.pupil

@@ -1,4 +1,4 @@
-"""The eyeball between the lids: sclera, textured iris, pupil, and the labels they define."""
+"""The eyeball between the lids: sclera, textured iris and pupil, and their labels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.synthetic.anatomy import between
 from pupilseg.synthetic.fields import draw_strokes, periodic_noise, ramp, smooth_noise
+from pupilseg.synthetic.ranges import between
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 SCLERA, IRIS, PUPIL = 1, 2, 3
 TEXTURE_SIZE = (48, 512)
-"""Radial and angular cells of the iris texture; one angular cell is about 1 px at the limbus."""
+"""Radial and angular cells of the iris texture; an angular cell is about 1 px at the limbus."""
 RIM_PX = 40
-"""The window reaches this far past the opening, for the shading of the lids' edges."""
+"""Margin of the window above and below the opening, for the shading of the lids' edges."""
 RAGGED_CELLS = 720
 """Angular steps of the pupil's edge."""
 
@@ -35,32 +35,32 @@ class Window(NamedTuple):
     columns: slice
 
     def grid(self) -> tuple[Field, Field]:
-        """Returns x (1, w) and y (h, 1) of the pixel centres, float32."""
+        """Returns x (1, w) and y (h, 1) of the pixel centers, float32."""
         x = np.arange(self.columns.start, self.columns.stop, dtype=np.float32)[None, :]
         y = np.arange(self.rows.start, self.rows.stop, dtype=np.float32)[:, None]
         return x, y
 
 
 class Eyeball(NamedTuple):
-    """What is seen through the lid opening.
+    """The visible part of the eyeball.
 
     Attributes:
-        window: the part of the frame that holds the opening.
-        grey: float32 (h, w), grey levels in the window under even light.
-        cover: float32 (h, w), share of each pixel that the opening covers, 0 to 1.
-        rim: float32 (h, w), factor on the skin at the lids' edges.
+        window: the part of the frame that contains the opening.
+        gray: float32 (h, w), gray levels in the window under even light.
+        cover: float32 (h, w), share of each pixel inside the opening, 0 to 1.
+        rim: float32 (h, w), factor for the skin at the lids' edges.
         classes: uint8 (h, w) of {0, 1, 2, 3}.
     """
 
     window: Window
-    grey: Field
+    gray: Field
     cover: Field
     rim: Field
     classes: NDArray[np.uint8]
 
 
 def window_of(eye: Eye) -> Window | None:
-    """Returns the smallest window that holds the opening; None where nothing of it is in frame."""
+    """Returns the smallest window that contains the opening; None if it is not in the frame."""
     columns = np.flatnonzero(eye.lower > eye.upper)
     if len(columns) == 0:
         return None
@@ -71,7 +71,7 @@ def window_of(eye: Eye) -> Window | None:
 
 
 def _lid_distance(eye: Eye, window: Window) -> tuple[Field, Field]:
-    """Returns px below the upper lid and px above the lower lid, float32 (h, w), both signed."""
+    """Returns signed distances below the upper lid and above the lower, px, float32 (h, w)."""
     _, y = window.grid()
     upper, lower = eye.upper[window.columns], eye.lower[window.columns]
     below = (y - upper) * (1 / np.hypot(1, np.gradient(upper))).astype(np.float32)
@@ -80,7 +80,7 @@ def _lid_distance(eye: Eye, window: Window) -> tuple[Field, Field]:
 
 
 def _rim(rng: np.random.Generator, eye: Eye, window: Window, below: Field, above: Field) -> Field:
-    """Returns the shading of the skin along the lids' edges, a factor, float32 (h, w)."""
+    """Returns a factor that shades the skin along the lids' edges, float32 (h, w)."""
     scale = eye.pose.scale
     reach = (window.grid()[0] - np.float32(eye.pose.x_px)) / np.float32(eye.lids.half_width * scale)
     fade = np.clip(2 - 2 * np.abs(reach), 0, 1)
@@ -96,7 +96,7 @@ def _rim(rng: np.random.Generator, eye: Eye, window: Window, below: Field, above
 
 
 def _edge_distance(ellipse: Ellipse, window: Window) -> tuple[Field, Field, Field]:
-    """Returns the relative radius (1 on the edge) and the unit disc's x, y, float32 (h, w)."""
+    """Returns the relative radius (1 on the edge) and its x and y components, float32 (h, w)."""
     x, y = window.grid()
     x, y = x - np.float32(ellipse.center_x_px), y - np.float32(ellipse.center_y_px)
     cos, sin = math.cos(ellipse.angle_rad), math.sin(ellipse.angle_rad)
@@ -107,9 +107,9 @@ def _edge_distance(ellipse: Ellipse, window: Window) -> tuple[Field, Field, Fiel
 
 
 def _ragged_edge(rng: np.random.Generator) -> Field:
-    """Returns the pupil's relative edge radius over the angle, float32 (720 + 1,), mean 1.
+    """Returns the relative radius of the pupil's edge by angle, float32 (720 + 1,), mean 1.
 
-    Waves 1 and 2 would move and stretch the ellipse, so the edge holds waves from 3 up only.
+    Frequencies 1 and 2 would move and stretch the ellipse, so the edge has frequencies from 3 only.
     """
     waves = np.arange(3, 40)
     rough = between(rng, 0.002, 0.012)
@@ -122,25 +122,25 @@ def _ragged_edge(rng: np.random.Generator) -> Field:
 
 
 def _iris_texture(rng: np.random.Generator) -> Field:
-    """Returns the iris unrolled: rows from the pupil to the limbus, columns around, float32.
+    """Returns the unrolled iris, float32: rows from pupil to limbus, columns around the pupil.
 
-    Unit deviation: fibres that run radially, the collarette's ring, crypts and broad patches.
+    Radial fibers, the ring of the collarette, crypts and broad patches, with unit deviation.
     """
     radial, around = TEXTURE_SIZE
     t = np.linspace(0, 1, radial, dtype=np.float32)[:, None]
-    fibres = periodic_noise(rng, (4, 128), TEXTURE_SIZE) * between(rng, 0.1, 0.7)
-    fibres += periodic_noise(rng, (6, 64), TEXTURE_SIZE) * between(rng, 0.1, 0.9)
+    fibers = periodic_noise(rng, (4, 128), TEXTURE_SIZE) * between(rng, 0.1, 0.7)
+    fibers += periodic_noise(rng, (6, 64), TEXTURE_SIZE) * between(rng, 0.1, 0.9)
     patches = periodic_noise(rng, (5, 16), TEXTURE_SIZE) * between(rng, 0.3, 1.2)
     crypts = periodic_noise(rng, (12, 32), TEXTURE_SIZE)
     crypts = np.minimum(crypts + 0.8, 0) * between(rng, 0.0, 1.5)
     wave = periodic_noise(rng, (1, 16), (1, around)) * np.float32(0.04)
     collarette = np.exp(-(((t - between(rng, 0.18, 0.4) - wave) / 0.09) ** 2))
-    texture = fibres * (1.2 - t) + patches + crypts + collarette * between(rng, -0.3, 1.2)
+    texture = fibers * (1.2 - t) + patches + crypts + collarette * between(rng, -0.3, 1.2)
     return (texture - texture.mean()) / np.float32(texture.std() + 1e-6)
 
 
 def _sclera(rng: np.random.Generator, eye: Eye, window: Window) -> Field:
-    """Returns the white of the eye with vessels and caruncle, float32 (h, w), 1 = its level."""
+    """Returns the sclera with vessels and caruncle, float32 (h, w), relative to its level."""
     x, y = window.grid()
     size = (y.shape[0], x.shape[1])
     white = 1 + smooth_noise(rng, (6, 12), size) * np.float32(0.03)
@@ -183,10 +183,10 @@ def _sclera(rng: np.random.Generator, eye: Eye, window: Window) -> Field:
 
 
 def draw_eyeball(rng: np.random.Generator, eye: Eye) -> Eyeball | None:
-    """Draws what the lids leave open; None for a closed eye or one out of the frame.
+    """Draws the eyeball inside the lid opening; None if the opening is not in the frame.
 
-    The labels are hard at pixel centres, the grey levels blend over the same edges, so both come
-    from the same signed distances.
+    Labels and gray levels come from the same signed distances: a label changes where the distance
+    at the pixel's center changes its sign, gray levels blend around it.
     """
     window = window_of(eye)
     if window is None:
@@ -217,28 +217,28 @@ def draw_eyeball(rng: np.random.Generator, eye: Eye) -> Eyeball | None:
         borderMode=cv2.BORDER_WRAP,
     )
     contrast = levels.iris - levels.pupil
-    # Deviation in grey levels: on real frames 6 to 19 with noise and shading, less on dark irises.
+    # Deviation in gray levels: 6 to 19 on real frames with noise and shading, less on dark irises.
     strength = min(between(rng, 3.5, 17), 0.36 * contrast)
     limbus = between(rng, 0.05, 0.35)
     iris = levels.iris + unrolled * np.float32(strength)
     # Powers of float32 take ten times as long as products.
     square = depth * depth
     iris -= np.float32(limbus * contrast) * (square * square * depth)
-    # The ruff: the pupil's own rim, mostly darker than the iris around it.
+    # The ruff: the rim of the pupil, mostly darker than the iris around it.
     ruff = np.exp(-outside * np.float32(1 / between(rng, 3, 7)))
     iris += np.float32(between(rng, -0.28, 0.15) * contrast) * ruff
     iris = np.maximum(iris, np.float32(levels.pupil + 3))
 
-    grey = _sclera(rng, eye, window) * np.float32(levels.sclera)
-    grey += (iris - grey) * ramp(inside_iris, between(rng, 2, 13) * scale)
+    gray = _sclera(rng, eye, window) * np.float32(levels.sclera)
+    gray += (iris - gray) * ramp(inside_iris, between(rng, 2, 13) * scale)
     shade = np.exp(np.maximum(below, 0) * np.float32(-1 / (between(rng, 4, 14) * scale)))
-    grey = grey - (grey - np.float32(levels.pupil)) * shade * np.float32(between(rng, 0.1, 0.6))
+    gray = gray - (gray - np.float32(levels.pupil)) * shade * np.float32(between(rng, 0.1, 0.6))
     rim = np.exp(-(((above - np.float32(2.5)) * np.float32(1 / 2.5)) ** 2))
-    grey += rim * np.float32(between(rng, -6, 14))
-    grey += (np.float32(levels.pupil) - grey) * ramp(inside_pupil, between(rng, 1.0, 3.2))
+    gray += rim * np.float32(between(rng, -6, 14))
+    gray += (np.float32(levels.pupil) - gray) * ramp(inside_pupil, between(rng, 1.0, 3.2))
 
-    classes = np.full(grey.shape, SCLERA, np.uint8)
+    classes = np.full(gray.shape, SCLERA, np.uint8)
     classes[inside_iris >= 0] = IRIS
     classes[inside_pupil >= 0] = PUPIL
     classes[(below < 0) | (above < 0)] = 0
-    return Eyeball(window, grey, cover, rim_shade, classes)
+    return Eyeball(window, gray, cover, rim_shade, classes)

@@ -1,4 +1,4 @@
-"""Small image-making tools that every part of the renderer shares: smooth noise, ramps, strokes."""
+"""Drawing tools that all parts of the renderer share: smooth noise, ramps, strokes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     Field = NDArray[np.float32]
 
 COARSE = 8
-"""Illumination and shading change over tens of px: computed on every 8th px and enlarged."""
+"""Illumination and shading vary over tens of px: they are computed per 8 px and enlarged."""
 STROKE_SHIFT = 4
-"""Fractional bits of stroke coordinates: lines start on sixteenths of a px."""
+"""Fractional bits of stroke coordinates: lines start at sixteenths of a px."""
 
 
 def enlarge(field: Field, height: int = HEIGHT, width: int = WIDTH) -> Field:
@@ -28,7 +28,7 @@ def enlarge(field: Field, height: int = HEIGHT, width: int = WIDTH) -> Field:
 
 
 def coarse_grid() -> tuple[Field, Field]:
-    """Returns x float32 (1, 80) and y float32 (50, 1): the px at the middle of each coarse cell."""
+    """Returns x float32 (1, 80) and y float32 (50, 1), the center of each coarse cell in px."""
     x = np.arange(WIDTH // COARSE, dtype=np.float32)[None, :]
     y = np.arange(HEIGHT // COARSE, dtype=np.float32)[:, None]
     return x * COARSE + (COARSE - 1) / 2, y * COARSE + (COARSE - 1) / 2
@@ -37,7 +37,7 @@ def coarse_grid() -> tuple[Field, Field]:
 def smooth_noise(
     rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, int] = (HEIGHT, WIDTH)
 ) -> Field:
-    """Returns noise of about unit deviation that varies over size / cells px, float32 `size`."""
+    """Returns float32 noise of about unit deviation that varies over size / cells px."""
     knots = rng.standard_normal(cells, dtype=np.float32)
     return np.asarray(cv2.resize(knots, size[::-1], interpolation=cv2.INTER_CUBIC), np.float32)
 
@@ -45,7 +45,7 @@ def smooth_noise(
 def periodic_noise(
     rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, int]
 ) -> Field:
-    """Returns `smooth_noise` whose right edge continues at its left edge, float32 `size`."""
+    """Returns `smooth_noise` that is periodic along x."""
     knots = rng.standard_normal(cells, dtype=np.float32)
     pad = 2
     step = size[1] // cells[1]
@@ -58,17 +58,17 @@ def periodic_noise(
 
 
 def soften(field: Field, sigma: float) -> Field:
-    """Returns the field under a Gaussian blur of `sigma` px."""
+    """Returns the field with a Gaussian blur of `sigma` px."""
     return np.asarray(cv2.GaussianBlur(field, (0, 0), sigma), np.float32)
 
 
 def soften_canvas(canvas: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """Returns a canvas of strokes under a Gaussian blur of `sigma` px."""
+    """Returns a canvas of strokes with a Gaussian blur of `sigma` px."""
     return np.asarray(cv2.GaussianBlur(canvas, (0, 0), sigma), np.uint8)
 
 
 def ramp(distance: Field, width: float = 1.0) -> Field:
-    """Returns how much of a pixel an edge covers: 0 to 1 over `width` px around distance 0."""
+    """Returns the coverage at a signed distance from an edge: 0 to 1 over `width` px around 0."""
     return np.clip(distance * np.float32(1 / width) + np.float32(0.5), 0, 1)
 
 
@@ -79,10 +79,10 @@ def draw_strokes(
 
     Args:
         canvas: uint8 (h, w).
-        lines: (n, points, 2) x, y in image px.
-        value: grey level, 0..255.
-        thickness: px of the canvas.
-        scale: px of the canvas per image px.
+        lines: (n, points, 2), x and y in image px.
+        value: gray level, 0..255.
+        thickness: in canvas px.
+        scale: canvas px per image px.
     """
     if len(lines) == 0:
         return

@@ -1,4 +1,4 @@
-"""Lashes of both lids, and brows: tapering curved strokes, sparse to heavy with mascara."""
+"""Lashes of both lids and brows: tapering curved strokes, from sparse to heavy with mascara."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.synthetic.anatomy import between
 from pupilseg.synthetic.fields import draw_strokes, soften_canvas
+from pupilseg.synthetic.ranges import between
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pupilseg.synthetic.anatomy import Eye
     from pupilseg.synthetic.fields import Field
+    from pupilseg.synthetic.frame import Frame
 
     Curve = NDArray[np.float64]
 
 POINTS = 9
-"""Points on one hair; at 5 px apart the bends of the longest lash look round."""
+"""Points per hair; 5 px apart at most, so that the longest lashes look round."""
 
 
 class Style(NamedTuple):
     """How the lashes of one frame look.
 
     Attributes:
-        hairs: how many on the upper lid.
-        length: mean length in eye units.
-        heading_rad: where they point in the middle of the lid: pi/2 up, -pi/2 down over the eye.
-        fan: how far the outermost turn outwards, in rad.
-        bend: curvature, as the share of the length that the tip is off the straight line.
-        clumps: groups whose tips meet; 0 for none.
-        thick: whether mascara doubles their width.
+        hairs: number of lashes on the upper lid.
+        length: mean length in eye coordinates.
+        heading_rad: direction in the middle of the lid: pi/2 is up, -pi/2 down over the eye.
+        fan: outward turn of the outermost lashes, rad.
+        bend: distance of the tip from a straight line, as a share of the length.
+        clumps: number of groups whose tips meet; 0 for none.
+        thick: mascara doubles the width.
     """
 
     hairs: int
@@ -69,7 +70,7 @@ def _style(rng: np.random.Generator, closed: bool) -> Style:
 
 
 def _hairs(roots: Curve, angle: Curve, length: Curve, bend: Curve) -> Curve:
-    """Returns curves (n, points, 2) in eye units from their roots (n, 2), y down."""
+    """Returns curves (n, points, 2) in eye coordinates from their roots (n, 2)."""
     s = np.linspace(0, 1, POINTS)[None, :]
     cos, sin = np.cos(angle)[:, None], -np.sin(angle)[:, None]
     along, across = s * length[:, None], bend[:, None] * s * s * length[:, None]
@@ -83,7 +84,7 @@ def _upper_lashes(rng: np.random.Generator, eye: Eye, style: Style) -> Curve:
     t = np.clip(rng.uniform(-0.95, 1.0, n) + 0.08 * rng.standard_normal(n), -0.98, 1.02)
     lids = eye.lids
     y = lids.curves(np.clip(t, -0.99, 0.99))[0]
-    # Seen from below, lashes that point up start behind the rim of the lid.
+    # Seen from below, lashes that point up start behind the edge of the lid.
     rim = 0.0 if style.heading_rad < 0 else between(rng, 1, 20)
     above = np.abs(rng.normal(0, 3, n)) + rim * (1 - np.abs(t) ** 3)
     roots = np.stack([t * lids.half_width, y - above], -1)
@@ -123,11 +124,9 @@ def _brow(rng: np.random.Generator, eye: Eye) -> Curve:
     return _hairs(roots, heading, rng.uniform(14, 34, n), rng.normal(-0.1, 0.12, n))
 
 
-def draw_hair(rng: np.random.Generator, eye: Eye, image: Field) -> set[str]:
-    """Draws lashes and brow over the image in place, float32 (400, 640); returns the traits.
-
-    Labels do not change: what a lash hides is still pupil.
-    """
+def add_hair(rng: np.random.Generator, frame: Frame) -> set[str]:
+    """Adds lashes and brow. A pixel of the pupil behind a lash is still labeled pupil."""
+    eye, image = frame.eye, frame.image
     style = _style(rng, eye.closed)
     canvas = np.zeros((HEIGHT, WIDTH), np.uint8)
     if rng.random() < 0.35:
@@ -160,14 +159,14 @@ def draw_hair(rng: np.random.Generator, eye: Eye, image: Field) -> set[str]:
 def _draw_lower(
     rng: np.random.Generator, eye: Eye, image: Field, canvas: NDArray[np.uint8]
 ) -> None:
-    """Draws the lower lid's lashes over the image in place, on a canvas of any content."""
+    """Adds the lashes of the lower lid, in place; the canvas is overwritten."""
     lower = eye.pose.to_frame(_lower_lashes(rng, eye))
     canvas[:] = 0
     draw_strokes(canvas, lower, int(between(rng, 60, 200)), 1)
     rows = np.flatnonzero(canvas.any(axis=1))
     if len(rows) == 0:
         return
-    # In the light from below lower lashes can shine against the iris.
+    # Lit from below, lower lashes can be brighter than the iris.
     shine = rng.random() < 0.3
     tone = eye.levels.sclera + between(rng, 10, 40) if shine else eye.levels.pupil + 10
     top, stop = int(rows[0]), int(rows[-1]) + 1

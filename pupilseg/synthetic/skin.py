@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.synthetic.anatomy import between
 from pupilseg.synthetic.fields import coarse_grid, draw_strokes, enlarge, smooth_noise
+from pupilseg.synthetic.ranges import between
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from pupilseg.synthetic.fields import Field
 
 HALF = (HEIGHT // 2, WIDTH // 2)
-"""Folds and pores are drawn at half size: nothing on skin is sharper than 2 px."""
+"""Folds and pores are drawn at half size: nothing on the skin is sharper than 2 px."""
 PIECE = 3
-"""Points of a fold that share one depth: a call for each would cost 1.5 ms a frame."""
+"""Points of a fold drawn with the same depth: a call for each would cost 1.5 ms per frame."""
 
 
 def _volumes(rng: np.random.Generator, eye: Eye) -> Field:
-    """Returns the shading of lids and sockets on the coarse grid, 1 = plain skin, (50, 80)."""
+    """Returns the shading of lids and sockets on the coarse grid, (50, 80), 1 for flat skin."""
     x, y = coarse_grid()
     scale = eye.pose.scale
     columns = np.clip(x[0].astype(np.intp), 0, WIDTH - 1)
@@ -47,7 +47,7 @@ def _volumes(rng: np.random.Generator, eye: Eye) -> Field:
 
 
 def _crease(canvas: NDArray[np.uint8], line: Field, depth: float, thickness: int) -> None:
-    """Draws a fold that fades out at both ends, darker than 128 by up to `depth`, half size."""
+    """Draws a fold at half size, darker than 128 by up to `depth`, fading at both ends."""
     last = len(line) - 1
     for start in range(0, last, PIECE):
         stop = min(start + PIECE, last)
@@ -57,7 +57,7 @@ def _crease(canvas: NDArray[np.uint8], line: Field, depth: float, thickness: int
 
 
 def _folds(rng: np.random.Generator, eye: Eye) -> NDArray[np.uint8]:
-    """Returns creases and wrinkles as dark strokes on 128, half size."""
+    """Returns creases and wrinkles as dark strokes on 128 at half size."""
     canvas = np.full(HALF, 128, np.uint8)
     half = eye.lids.half_width
     lids = eye.lids
@@ -96,7 +96,7 @@ def _folds(rng: np.random.Generator, eye: Eye) -> NDArray[np.uint8]:
 
 
 def draw_skin(rng: np.random.Generator, eye: Eye) -> Field:
-    """Returns the skin's grey levels under even light, float32 (400, 640)."""
+    """Returns the skin's gray levels under even light, float32 (400, 640)."""
     folds = cv2.GaussianBlur(_folds(rng, eye), (0, 0), between(rng, 0.9, 2.6))
     detail = folds.astype(np.float32)
     detail *= np.float32(1 / 128)

@@ -16,7 +16,8 @@ from pupilseg.synthetic import RENDERER_VERSION, Rendered, eye_of, render
 from pupilseg.synthetic.anatomy import sample_eye
 from pupilseg.synthetic.camera import SHOT_NOISE, _smear, expose, transmit
 from pupilseg.synthetic.eyeball import draw_eyeball
-from pupilseg.synthetic.optics import add_scene, add_spot
+from pupilseg.synthetic.frame import Frame
+from pupilseg.synthetic.reflections import add_scene, add_spot
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,8 +67,8 @@ def test_same_frame_in_another_order_and_another_process(frames: list[Rendered])
     assert there == here
 
 
-def test_rendering_leaves_the_global_generator_alone() -> None:
-    np.random.seed(1)  # noqa: NPY002 - the global state is what is under test
+def test_rendering_does_not_use_the_global_generator() -> None:
+    np.random.seed(1)  # noqa: NPY002 - the global state is under test
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     first = digest(render(5, 2))
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
@@ -75,14 +76,14 @@ def test_rendering_leaves_the_global_generator_alone() -> None:
     assert digest(render(5, 2)) == first
 
 
-def test_every_index_and_every_seed_is_another_eye(frames: list[Rendered]) -> None:
+def test_every_index_and_every_seed_gives_a_different_eye(frames: list[Rendered]) -> None:
     assert len({digest(f) for f in frames}) == FRAMES
     assert len({f.pupil for f in frames if f.pupil}) == sum(f.pupil is not None for f in frames)
     assert digest(render(0, SEED + 1)) != digest(frames[0])
 
 
 @pytest.mark.parametrize(("index", "seed"), [(-1, 0), (0, -1)])
-def test_negative_index_or_seed_is_refused(index: int, seed: int) -> None:
+def test_a_negative_index_or_seed_is_refused(index: int, seed: int) -> None:
     with pytest.raises(ValueError, match=r"index and seed must be >= 0, got .*-1"):
         render(index, seed)
 
@@ -109,11 +110,13 @@ def test_a_closed_eye_has_no_labels(frames: list[Rendered]) -> None:
         assert not frame.classes.any()
 
 
-def test_labelled_pupil_is_the_ellipse_up_to_its_ragged_edge(open_frames: list[Rendered]) -> None:
+def test_the_labeled_pupil_is_the_ellipse_with_a_ragged_edge(
+    open_frames: list[Rendered],
+) -> None:
     for frame in open_frames:
         pupil = frame.pupil
         assert pupil is not None
-        # The edge strays by at most 2.5 deviations of at most 0.012 of the radius.
+        # The edge deviates by at most 2.5 * 0.012 of the radius.
         stray = 1 + 2.5 * 0.012
         a, b = pupil.semi_axis_a_px * stray + 0.5, pupil.semi_axis_b_px * stray + 0.5
         most = ellipse_mask(pupil._replace(semi_axis_a_px=a, semi_axis_b_px=b))
@@ -132,7 +135,7 @@ def test_moments_of_an_uncut_pupil_are_its_ellipse(open_frames: list[Rendered]) 
         uncut += 1
         measured = ellipse_from_mask(mask)
         assert measured is not None
-        # Measured over 1,288 uncut pupils: centre within 0.09 px, semi-axes within 0.11 px.
+        # Measured over 1,288 uncut pupils: center within 0.09 px, semi-axes within 0.11 px.
         for value, wanted, slack in zip(
             measured[:4], pupil[:4], (0.12, 0.12, 0.15, 0.15), strict=True
         ):
@@ -144,15 +147,15 @@ def test_moments_of_an_uncut_pupil_are_its_ellipse(open_frames: list[Rendered]) 
 
 
 def test_the_opening_is_in_one_piece(open_frames: list[Rendered]) -> None:
-    """Uneven lids may part the last px at a corner, and open nothing beyond it."""
+    """Uneven lids may cut off the last px at a corner, but open nothing past it."""
     for frame in open_frames:
         _, _, stats, _ = cv2.connectedComponentsWithStats((frame.classes > 0).astype(np.uint8))
         areas = sorted(stats[1:, cv2.CC_STAT_AREA])
         assert sum(areas[:-1]) <= 12
 
 
-def test_labels_do_not_depend_on_what_lies_in_front(open_frames: list[Rendered]) -> None:
-    """Glints, lashes and streaks come after the labels: a pupil has neither hole nor island."""
+def test_objects_in_front_do_not_change_the_labels(open_frames: list[Rendered]) -> None:
+    """Glints, lashes and streaks come after the labels: a pupil has no holes and no islands."""
     for frame in open_frames:
         mask = (frame.classes == 3).astype(np.uint8)
         if mask.any():
@@ -162,8 +165,8 @@ def test_labels_do_not_depend_on_what_lies_in_front(open_frames: list[Rendered])
             assert len(contours) == 1
 
 
-def test_drawn_edge_is_where_the_label_changes() -> None:
-    """Before blur and noise, grey is mid-way between pupil and iris at the label's edge."""
+def test_the_drawn_edge_is_where_the_label_changes() -> None:
+    """Before blur and noise, gray is half-way between pupil and iris at the label's edge."""
     checked = 0
     for index in range(40):
         anatomy, _, eyeball, *_ = np.random.default_rng([SEED, index]).spawn(6)
@@ -171,15 +174,15 @@ def test_drawn_edge_is_where_the_label_changes() -> None:
         ball = draw_eyeball(eyeball, eye)
         if ball is None or not (ball.classes == 3).any():
             continue
-        inside = ball.grey[(ball.classes == 3) & (ball.cover == 1)]
-        # At worst a pixel whose centre lies on the edge is half iris.
+        inside = ball.gray[(ball.classes == 3) & (ball.cover == 1)]
+        # At worst, a pixel whose center lies on the edge is half iris.
         assert inside.min() == pytest.approx(eye.levels.pupil, abs=0.01)
         assert np.mean(inside < (eye.levels.pupil + eye.levels.iris) / 2 + 8) > 0.99
         checked += 1
     assert checked > 30
 
 
-def test_grey_is_halfway_at_the_labels_edge(open_frames: list[Rendered]) -> None:
+def test_gray_is_halfway_at_the_labels_edge(open_frames: list[Rendered]) -> None:
     """Also after halo, blur and noise: a label 0.1 px off costs a pupil of 27 px 0.7 % of IoU."""
     offsets = []
     for frame in open_frames:
@@ -187,14 +190,14 @@ def test_grey_is_halfway_at_the_labels_edge(open_frames: list[Rendered]) -> None
         if profile is not None:
             offsets.append(edge_offset(profile))
     assert np.isfinite(offsets).sum() > 60
-    # Measured over 400 frames: -0.03 px, with 0.11 px of scatter from the iris' own texture.
+    # Measured over 400 frames: -0.03 px, with a scatter of 0.11 px from the iris texture.
     assert abs(np.nanmean(offsets)) < 0.08
 
 
-def test_traits_say_what_is_shown(frames: list[Rendered]) -> None:
+def test_traits_describe_the_frame(frames: list[Rendered]) -> None:
     for frame in frames:
         assert list(frame.traits) == sorted(set(frame.traits))
-        assert len({"raw", "clahe", "equalised", "curve"} & set(frame.traits)) == 1
+        assert len({"raw", "clahe", "equalized", "curve"} & set(frame.traits)) == 1
         assert ("closed" in frame.traits) == (frame.pupil is None)
         sides = np.s_[:, :53], np.s_[:, WIDTH - 53 :]
         barred = all(not frame.image[part].any() for part in sides)
@@ -216,7 +219,7 @@ def test_traits_say_what_is_shown(frames: list[Rendered]) -> None:
         assert low < np.mean([name in frame.traits for frame in frames]) < high, name
 
 
-def test_the_eye_of_a_frame_is_told_without_drawing_it(frames: list[Rendered]) -> None:
+def test_eye_of_gives_the_eye_without_drawing_it(frames: list[Rendered]) -> None:
     for index, frame in enumerate(frames[:20]):
         eye = eye_of(index, SEED)
         assert eye.closed == (frame.pupil is None)
@@ -224,7 +227,7 @@ def test_the_eye_of_a_frame_is_told_without_drawing_it(frames: list[Rendered]) -
             assert (frame.pupil, frame.iris) == (eye.pupil, eye.iris)
 
 
-def test_what_arrives_is_not_shifted(frames: list[Rendered]) -> None:
+def test_transmission_moves_no_edge(frames: list[Rendered]) -> None:
     """Enlarging and compressing keep every edge where its label says it is."""
     rng = np.random.default_rng(3)
     disc = ellipse_mask(Ellipse(320.3, 200.6, 50.0, 40.0, 0.4)).astype(np.uint8) * 60
@@ -241,14 +244,15 @@ def test_what_arrives_is_not_shifted(frames: list[Rendered]) -> None:
     assert seen == {"enlarged", "compressed"}
 
 
-def test_a_mirrored_scene_adds_light_to_the_eye_alone() -> None:
+def test_a_mirrored_scene_adds_light_to_the_eye_only() -> None:
     eye = eye_of(0, SEED)
     on_eye = np.zeros((HEIGHT, WIDTH), np.float32)
     on_eye[:, :320] = 1
     lights = []
     for seed in range(60):
         image = np.full((HEIGHT, WIDTH), 50, np.float32)
-        if add_scene(np.random.default_rng(seed), eye, image, on_eye):
+        frame = Frame(eye, image, np.zeros((HEIGHT, WIDTH), np.uint8), on_eye)
+        if add_scene(np.random.default_rng(seed), frame):
             lights.append(image[:, :320].max() - 50)
         assert np.all(image[:, 320:] == 50)
         assert image.min() == 50
@@ -256,7 +260,7 @@ def test_a_mirrored_scene_adds_light_to_the_eye_alone() -> None:
     assert max(lights) <= 61
 
 
-def test_a_moving_eye_is_smeared_evenly() -> None:
+def test_motion_blur_is_symmetric() -> None:
     image = np.zeros((60, 60), np.float32)
     image[20:41, 20:41] = 100
     for angle in (0.0, 0.7, 2.4):
@@ -268,7 +272,7 @@ def test_a_moving_eye_is_smeared_evenly() -> None:
         assert smeared.max() <= 100 + 1e-3
 
 
-def test_pupil_is_darker_than_what_surrounds_it(open_frames: list[Rendered]) -> None:
+def test_the_pupil_is_darker_than_its_surroundings(open_frames: list[Rendered]) -> None:
     steps = []
     for frame in open_frames:
         mask = (frame.classes == 3).astype(np.uint8)
@@ -282,15 +286,15 @@ def test_pupil_is_darker_than_what_surrounds_it(open_frames: list[Rendered]) -> 
     assert np.percentile(steps, 95) < 110
 
 
-def test_grey_levels_are_those_of_real_frames(open_frames: list[Rendered]) -> None:
-    """Wanted, raw frames: pupil 33-39, iris 53-88, sclera 65-103, skin 100-164."""
+def test_gray_levels_are_those_of_real_frames(open_frames: list[Rendered]) -> None:
+    """Raw real frames: pupil 33-39, iris 53-88, sclera 65-103, skin 100-164."""
     for label, low, high in ((3, 33, 39), (2, 53, 88), (1, 60, 103), (0, 75, 164)):
         medians = []
         for frame in open_frames:
             chosen = frame.classes == label
             if chosen.sum() > 200:
                 medians.append(float(np.median(frame.image[chosen])))
-        # Stretched and equalised frames, 38 % of all, may leave the range.
+        # Stretched and equalized frames, 38 % of all, may be outside the range.
         assert np.mean([low - 3 <= m <= high + 3 for m in medians]) > 0.6
         assert low < np.median(medians) < high
 
@@ -298,7 +302,7 @@ def test_grey_levels_are_those_of_real_frames(open_frames: list[Rendered]) -> No
 def test_sizes_are_those_of_real_frames(open_frames: list[Rendered]) -> None:
     pupils = np.array([radius(f.pupil) for f in open_frames if f.pupil])
     irises = np.array([radius(f.iris) for f in open_frames if f.iris])
-    # 22-62 and 84-161 px are semi-axes seen straight on; seen from the side one of them is half.
+    # 22-62 and 84-161 px are semi-axes seen from the front; from the side, one is half of that.
     assert pupils.min() > 15
     assert pupils.max() < 63
     assert pupils.max() - pupils.min() > 25
@@ -339,23 +343,23 @@ def test_shares_of_blinks_cut_pupils_borders_and_glints(frames: list[Rendered]) 
     assert 3 <= np.median(glints) <= 12
     assert np.percentile(glints, 95) <= 20
     assert 0.2 < np.mean(on_pupil) < 0.8
-    # A border darker than the pupil: absent in a good share of frames, up to a sixth in others.
+    # A border darker than the pupil: absent in many frames, up to a sixth of others.
     assert 0.25 < np.mean(np.array(darker) > 0.01) < 0.85
     assert np.percentile(darker, 90) < 0.35
     assert max(darker) > 0.1
 
 
-def test_shot_noise_grows_with_the_grey_level() -> None:
+def test_shot_noise_grows_with_the_gray_level() -> None:
     rng = np.random.default_rng(0)
     for level in (40.0, 160.0):
         variances = [expose(rng, np.full((100, 100), level, np.float32)).var() for _ in range(40)]
-        # A twelfth is the rounding to whole levels.
+        # 1/12 is the variance of rounding to whole levels.
         assert np.median(variances) - 1 / 12 == pytest.approx(SHOT_NOISE * level, rel=0.2)
 
 
 @pytest.mark.parametrize("area", [5.0, 20.0, 70.0])
 @pytest.mark.parametrize("stretch", [1.0, 1.5])
-def test_a_spot_saturates_over_the_area_asked_for(area: float, stretch: float) -> None:
+def test_a_spot_saturates_over_the_requested_area(area: float, stretch: float) -> None:
     image = np.full((60, 60), 45, np.float32)
     add_spot(image, 30.3, 29.6, area, stretch=stretch, angle=0.4)
     saturated = (image >= 255).sum()
@@ -364,7 +368,7 @@ def test_a_spot_saturates_over_the_area_asked_for(area: float, stretch: float) -
 
 
 @pytest.mark.parametrize("at", [(-30.0, 5.0), (0.0, 0.0), (700.0, 500.0), (59.0, 30.0)])
-def test_a_spot_at_or_past_the_border_is_clipped(at: tuple[float, float]) -> None:
+def test_a_spot_at_or_outside_the_border_is_clipped(at: tuple[float, float]) -> None:
     image = np.zeros((60, 60), np.float32)
     add_spot(image, *at, 20.0)
     near = 0 <= at[0] < 60 and 0 <= at[1] < 60
