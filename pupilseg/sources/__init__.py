@@ -1,19 +1,20 @@
-"""Where samples come from: the Hub, folders of parquet files or OpenEDS frames, rendered eyes.
+"""Sources of samples: the Hub, folders of parquet files or OpenEDS frames, rendered eyes.
 
-`download` puts a source in place once and records it; `open_dataset` reads it, by range, a few
-frames in memory at a time.
+`download` makes a source available once and records it; `open_dataset` reads it by range, with a
+few frames in memory at a time. `registry.SOURCE_TYPES` lists the types of sources.
 """
 
 from __future__ import annotations
 
 from pupilseg.sample import SPLITS, Dataset, Sample
-from pupilseg.sources.manifest import MANIFEST, download, open_dataset
 from pupilseg.sources.options import SourceOptions
-from pupilseg.sources.spec import FORMS, Source, parse_source
+from pupilseg.sources.record import RECORD, download, open_dataset
+from pupilseg.sources.registry import FORMS, parse_source
+from pupilseg.sources.spec import Source
 
 __all__ = [
     "FORMS",
-    "MANIFEST",
+    "RECORD",
     "SPLITS",
     "Dataset",
     "Sample",

@@ -1,8 +1,8 @@
-"""Parquet columns to NumPy without a Python list: both revisions of the data set.
+"""Converts parquet columns to NumPy without Python lists, for both revisions of the data set.
 
 Revision A nests (`list<list<uint8>>`, 400 rows of 640), revision B flattens (`list<uint8>`, 256,000
-values). Either way the values lie in one flat buffer; the offsets of each level are checked, then
-the buffer is viewed in its shape.
+values). In both cases the values are in one flat buffer: the offsets of each level are checked, and
+then the buffer is viewed in its shape.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """What a column of arrays must hold: per row an array of `shape` and `dtype`."""
+class ArrayColumn:
+    """A column with an array of `shape` and `dtype` per row."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,10 +37,10 @@ class Column:
 
 
 ARRAYS = (
-    Column("image", (HEIGHT, WIDTH), pa.uint8(), required=True),
-    Column("label", (HEIGHT, WIDTH), pa.uint8(), required=True),
-    Column("spatial_weights", (HEIGHT, WIDTH), pa.float32()),
-    Column("dist_map", (NUM_CLASSES, HEIGHT, WIDTH), pa.float32()),
+    ArrayColumn("image", (HEIGHT, WIDTH), pa.uint8(), required=True),
+    ArrayColumn("label", (HEIGHT, WIDTH), pa.uint8(), required=True),
+    ArrayColumn("spatial_weights", (HEIGHT, WIDTH), pa.float32()),
+    ArrayColumn("dist_map", (NUM_CLASSES, HEIGHT, WIDTH), pa.float32()),
 )
 ELLIPSE = ("cx", "cy", "rx", "ry")
 NAME = "filename"
@@ -48,14 +48,14 @@ PREPROCESSED = "preprocessed"
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Says whether a type is a list of any form."""
+    """Returns True if a type is any kind of list."""
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def check_schema(schema: pa.Schema, where: str) -> list[str]:
-    """Returns the names of the columns to read, if the schema holds what it must.
+    """Returns the names of the columns to read, after checking the schema.
 
     Raises:
         DataError: a required column is missing, or one has another type; both are named.
@@ -71,10 +71,10 @@ def check_schema(schema: pa.Schema, where: str) -> list[str]:
                 f"{where}: column {column.name} is missing; expected {column}, "
                 f"found columns: {', '.join(schema.names)}"
             )
-    held = [name for name in ELLIPSE if name in names]
-    if held and len(held) < len(ELLIPSE):
-        raise DataError(f"{where}: has the columns {held} but not all of {list(ELLIPSE)}")
-    for name in held:
+    others = [name for name in ELLIPSE if name in names]
+    if others and len(others) < len(ELLIPSE):
+        raise DataError(f"{where}: has the columns {others} but not all of {list(ELLIPSE)}")
+    for name in others:
         if not pa.types.is_floating(schema.field(name).type):
             raise DataError(
                 f"{where}: column {name} is {schema.field(name).type}, expected float32"
@@ -83,18 +83,18 @@ def check_schema(schema: pa.Schema, where: str) -> list[str]:
         kind = schema.field(NAME).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(f"{where}: column {NAME} is {kind}, expected string")
-        held.append(NAME)
+        others.append(NAME)
     if PREPROCESSED in names and not pa.types.is_boolean(schema.field(PREPROCESSED).type):
         kind = schema.field(PREPROCESSED).type
         raise DataError(f"{where}: column {PREPROCESSED} is {kind}, expected bool")
-    return columns + held
+    return columns + others
 
 
-def list_dims(column: Column, kind: pa.DataType, where: str) -> tuple[int, ...]:
+def list_dims(column: ArrayColumn, kind: pa.DataType, where: str) -> tuple[int, ...]:
     """Returns the length that each level of lists must have.
 
     Raises:
-        DataError: the type is no list of the dtype, or nested to another depth.
+        DataError: the type is not a list of the dtype, or has another depth.
     """
     leaf, depth = _storage(kind), 0
     while is_list(leaf):
@@ -110,14 +110,14 @@ def _storage(kind: pa.DataType) -> pa.DataType:
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
-def column_array(column: Column, array: Any, file: str, first_row: int) -> NDArray[Any]:
+def column_array(column: ArrayColumn, array: Any, file: str, first_row: int) -> NDArray[Any]:
     """Returns a batch of rows as one array, a view of Arrow's buffer.
 
     Args:
-        column: what it must hold.
+        column: the expected shape and dtype.
         array: the rows, nested or flat.
-        file: for the message.
-        first_row: number in the file of the batch's first row, for the message.
+        file: for error messages.
+        first_row: row in the file of the first row of the batch, for error messages.
 
     Returns:
         (rows, *column.shape), read-only.
@@ -130,7 +130,7 @@ def column_array(column: Column, array: Any, file: str, first_row: int) -> NDArr
     for dim in dims:
         array = array.storage if isinstance(array, pa.ExtensionArray) else array
         _refuse_nulls(column, array, per_row, file, first_row)
-        # A slice keeps its parent's values: `.flatten()` honours the offsets, `.values` does not.
+        # A slice keeps its parent's values: `.flatten()` applies the offsets, `.values` does not.
         lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero(lengths != dim)
         if len(wrong):
@@ -145,8 +145,8 @@ def column_array(column: Column, array: Any, file: str, first_row: int) -> NDArr
     return values.reshape(rows, *column.shape)
 
 
-def _refuse_nulls(column: Column, array: Any, per_row: int, file: str, first_row: int) -> None:
-    """Raises for the first null; `per_row` entries of the array belong to a row of the file."""
+def _refuse_nulls(column: ArrayColumn, array: Any, per_row: int, file: str, first_row: int) -> None:
+    """Raises for the first null; `per_row` entries of the array belong to one row of the file."""
     if array.null_count:
         at = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(
@@ -156,7 +156,7 @@ def _refuse_nulls(column: Column, array: Any, per_row: int, file: str, first_row
 
 
 def ellipse_array(batch: pa.RecordBatch, file: str, first_row: int) -> NDArray[np.float32] | None:
-    """Returns float32 (rows, 4) of cx, cy, rx, ry, or None if the columns are not there.
+    """Returns float32 (rows, 4) of cx, cy, rx, ry, or None if the columns are missing.
 
     Raises:
         DataError: a value is null.

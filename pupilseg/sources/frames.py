@@ -1,4 +1,4 @@
-"""One frame and its label from files, checked, and brought to 400 x 640."""
+"""Reads a frame and its label from files, checks them, and resizes them to 400 x 640."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ if TYPE_CHECKING:
 
 EYE_CLASSES = 4
 PUPIL_OF_FOUR = 3
-"""The pupil among 0 background, 1 sclera, 2 iris, 3 pupil (OpenEDS)."""
+"""Pupil class of OpenEDS labels: 0 background, 1 sclera, 2 iris, 3 pupil."""
 _PNG_HEADER = 24
 _MAX_SIDE = 8192
-"""Longest side that is decoded; a header that claims more is taken for damage or malice."""
+"""Longest side that is decoded; a larger one indicates a damaged or malicious header."""
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Returns a PNG as uint8 (H, W).
+def read_png(path: Path) -> NDArray[np.uint8]:
+    """Returns a PNG as uint8 (H, W). A color image is accepted if all its channels are equal.
 
     Raises:
-        DataError: it is missing, no PNG, damaged, or not 8 bits of one channel (grey colour is
-            taken).
+        DataError: the file is missing, damaged or not a PNG, or does not have 8 bits per channel.
     """
     png_size(path)
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if image is None:
-        raise DataError(f"{path} is not a readable PNG (damaged or cut short); fetch it again")
+        raise DataError(f"{path} is not a readable PNG (damaged or truncated); download it again")
     if image.dtype != np.uint8:
         raise DataError(f"{path} has {image.dtype} pixels, expected 8 bits (uint8)")
     if image.ndim == 3:
-        colour = image[..., :3]
-        if not (colour == colour[..., :1]).all():
-            raise DataError(f"{path} is a colour image, expected one channel (near infrared)")
-        image = np.ascontiguousarray(colour[..., 0])
+        color = image[..., :3]
+        if not (color == color[..., :1]).all():
+            raise DataError(f"{path} is a color image, expected one channel (near infrared)")
+        image = np.ascontiguousarray(color[..., 0])
     return np.asarray(image, dtype=np.uint8)
 
 
@@ -50,36 +49,40 @@ def png_size(path: Path) -> tuple[int, int]:
     """Returns (height, width) from a PNG's header, without decoding it.
 
     Raises:
-        DataError: the file is missing, not a PNG, or claims an absurd size.
+        DataError: the file is missing, not a PNG, or its header has an absurd size.
     """
     try:
         with path.open("rb") as file:
             header = file.read(_PNG_HEADER)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; download it again") from error
     if len(header) < _PNG_HEADER or not header.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise DataError(f"{path} is not a PNG file; fetch it again")
+        raise DataError(f"{path} is not a PNG file; download it again")
     width, height = struct.unpack(">II", header[16:24])
     if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
-        raise DataError(f"{path} claims to be {height} x {width} px, expected up to {_MAX_SIDE}")
+        raise DataError(f"{path} claims {height} x {width} px, expected at most {_MAX_SIDE}")
     return height, width
 
 
 def read_label(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Returns a label of classes 0..3 as uint8 of `shape`.
+    """Returns a label of classes 0..3 as uint8.
+
+    Args:
+        path: a PNG or NPY file.
+        shape: shape of its image.
 
     Raises:
-        DataError: missing, unreadable, of another shape or dtype, or a value outside 0..3.
+        DataError: the file is missing or unreadable, or has another shape, dtype or other values.
     """
     if path.suffix == ".npy":
         try:
             label = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"cannot read label {path}: {error}; fetch it again") from error
+            raise DataError(f"cannot read label {path}: {error}; download it again") from error
         if not isinstance(label, np.ndarray) or label.dtype.kind not in "bui":
             raise DataError(f"{path} holds {getattr(label, 'dtype', 'an archive')}, expected uint8")
     else:
-        label = read_image(path)
+        label = read_png(path)
     if label.shape != shape:
         raise DataError(f"{path} has shape {label.shape}, but its image has {shape}")
     lowest, highest = int(label.min()), int(label.max())
@@ -92,7 +95,7 @@ def read_label(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def pupil_of(label: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
-    """Returns the pupil as {0, 1} from a label of four classes; one of two as it is."""
+    """Returns the pupil of a label as {0, 1}; a label of two classes is returned unchanged."""
     if classes == EYE_CLASSES:
         return (label == PUPIL_OF_FOUR).astype(np.uint8)
     return label
@@ -101,10 +104,11 @@ def pupil_of(label: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
 def fit_frame(
     image: NDArray[np.uint8], label: NDArray[np.uint8], mode: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Returns image and label at 400 x 640, moved alike; unchanged if they have that size.
+    """Returns image and label resized to 400 x 640, with the same geometry.
 
-    The image is averaged (INTER_AREA) where it shrinks and interpolated where it grows; the label
-    takes the nearest pixel's class, sampled at pixel centres as the image is. Bars are 0.
+    An image that shrinks is averaged (INTER_AREA), one that grows is interpolated. The label takes
+    the class of the nearest pixel, sampled at pixel centers like the image. Bars are 0. Arrays of
+    the right size are returned unchanged.
 
     Args:
         image: uint8 (H, W).
@@ -115,12 +119,12 @@ def fit_frame(
         return image, label
     top, left, height, width = letterbox_box(image.shape[0], image.shape[1], mode)
     shrinks = height * width < image.shape[0] * image.shape[1]
-    fitted = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
-    area = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    for target, source, how in zip(
-        fitted, (image, label), (area, cv2.INTER_NEAREST_EXACT), strict=True
-    ):
-        target[top : top + height, left : left + width] = cv2.resize(
-            source, (width, height), interpolation=how
-        )
-    return fitted
+    smooth = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+
+    def fit(frame: NDArray[np.uint8], interpolation: int) -> NDArray[np.uint8]:
+        fitted = np.zeros(SHAPE, np.uint8)
+        resized = cv2.resize(frame, (width, height), interpolation=interpolation)
+        fitted[top : top + height, left : left + width] = resized
+        return fitted
+
+    return fit(image, smooth), fit(label, cv2.INTER_NEAREST_EXACT)

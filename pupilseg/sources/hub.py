@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: the one module that imports `huggingface_hub`.
+"""Data sets on the Hugging Face Hub. No other module imports `huggingface_hub`.
 
-Data stay in the Hub's cache (`HF_HOME`), shared with every other program that uses it; a manifest
-records the commit and the digest of each file.
+Data stay in the Hub's cache (`HF_HOME`), which other programs share; `source.json` records the
+commit and the digest of each file.
 """
 
 from __future__ import annotations
@@ -16,26 +16,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError, DownloadError, PupilSegError
+from pupilseg.sources import parquet
 from pupilseg.sources.paths import safe_relative
+from pupilseg.sources.spec import Source, SourceType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
+    from pupilseg.sources.options import SourceOptions
+
 log = logging.getLogger(__name__)
 
+_TEXT = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BLOCK = 1 << 20
+_EXPECTED = "expected a data set with the columns image and label in parquet files"
+_WRAPPERS = ("LocalEntryNotFoundError", "IncompleteSnapshotError", "RevisionResolutionError")
+"""Errors of the client that wrap the actual cause."""
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A commit's parquet files in the Hub's cache.
+class CachedCommit:
+    """The parquet files of a commit in the Hub's cache.
 
     Attributes:
         commit: 40 hex digits.
-        root: folder of the snapshot.
-        digests: sha256 of each file, by its path in the repository.
+        root: folder of the files.
+        digests: path in the repository -> sha256.
     """
 
     commit: str
@@ -43,16 +51,59 @@ class Snapshot:
     digests: dict[str, str]
 
 
-def fetch(repository: str, revision: str | None) -> Snapshot:
-    """Downloads the parquet files of a data set repository, once, and checks them.
+def _parse(text: str) -> Source | None:
+    match = _TEXT.fullmatch(text)
+    return None if match is None else Source("hub", match["repo"], match["revision"])
+
+
+def _inspect(
+    source: Source, options: SourceOptions, previous: dict[str, Any] | None
+) -> dict[str, Any]:
+    repository, revision = source.location, source.revision
+    entries: dict[str, Any] = {}
+    known = {}
+    if previous is not None:
+        # Other options for the same source, or its files left the cache: the same commit again.
+        revision = previous["commit"]
+        entries["request"] = previous["request"]
+        known = {entry["path"]: entry["sha256"] for entry in previous.get("files", ())}
+    cached = download_commit(repository, revision)
+    where = f"{repository}@{cached.commit}"
+    found = parquet.inspect_files(cached.root, list(cached.digests), where, options)
+    for entry in found["files"]:
+        entry["sha256"] = cached.digests[entry["path"]]
+        if known.get(entry["path"], entry["sha256"]) != entry["sha256"]:
+            raise DataError(f"{where}: {entry['path']} differs from the file recorded before")
+    return found | entries | {"source": where, "commit": cached.commit}
+
+
+def _open(record: dict[str, Any]) -> parquet.ParquetDataset:
+    root = cached_folder(record["request"]["location"], record["commit"])
+    return parquet.open_files(record, root)
+
+
+TYPE = SourceType(
+    kind="hub",
+    layout="parquet",
+    form="owner/name[@revision]",
+    description="a Hugging Face dataset repository of parquet files",
+    parse=_parse,
+    matches=lambda _source: True,
+    inspect=_inspect,
+    open=_open,
+)
+
+
+def download_commit(repository: str, revision: str | None) -> CachedCommit:
+    """Downloads the parquet files of a data set repository to the cache and checks them.
 
     Args:
         repository: "owner/name".
         revision: branch, tag or commit; None for the default branch.
 
     Raises:
-        DownloadError: the Hub or the way to it failed; cause and mend are named.
-        DataError: the repository has no parquet files, or names one outside itself.
+        DownloadError: the Hub or the connection failed; the message has the cause and a fix.
+        DataError: the repository has no parquet files, or one with an unsafe path.
     """
     hub = _import_hub()
     with _hub_errors(hub, repository, revision):
@@ -70,20 +121,17 @@ def fetch(repository: str, revision: str | None) -> Snapshot:
         )
     paths = sorted(expected) if expected else _files_below(root)
     if not paths:
-        raise DataError(f"{repository}@{commit} has no parquet files; {_WANTED}")
+        raise DataError(f"{repository}@{commit} has no parquet files; {_EXPECTED}")
     log.info("checking %d files of %s@%s", len(paths), repository, commit[:12])
     digests = {path: _checked_digest(root / path, expected.get(path), repository) for path in paths}
-    return Snapshot(commit, root, digests)
+    return CachedCommit(commit, root, digests)
 
 
-_WANTED = "expected a data set with the columns image and label in parquet files"
-
-
-def locate(repository: str, commit: str) -> Path:
-    """Returns the folder of a commit's snapshot in the cache, without the network.
+def cached_folder(repository: str, commit: str) -> Path:
+    """Returns the folder of a commit in the cache, without network.
 
     Raises:
-        DataError: it is not there.
+        DataError: the commit is not in the cache, or not completely.
     """
     hub = _import_hub()
     try:
@@ -103,7 +151,6 @@ def locate(repository: str, commit: str) -> Path:
 
 
 def _import_hub() -> ModuleType:
-    """Returns `huggingface_hub` with its errors and constants loaded."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -117,16 +164,16 @@ def _import_hub() -> ModuleType:
 
 
 def _listing(hub: ModuleType, api: Any, repository: str, commit: str) -> dict[str, Any]:
-    """Returns the commit's parquet files by path; empty where only the cache can be had.
+    """Returns the commit's parquet files by path; empty if only the cache is available.
 
-    Names are checked here, before the client joins them to its cache folder.
+    Paths are checked here, before the client joins them to its cache folder.
     """
     try:
         tree = list(
             api.list_repo_tree(repository, recursive=True, revision=commit, repo_type="dataset")
         )
     except (hub.errors.OfflineModeIsEnabled, ConnectionError):
-        return {}  # a commit that is in the cache needs no network; the client raises if it is not
+        return {}  # a cached commit needs no network; otherwise the client raises
     for entry in tree:
         safe_relative(entry.path, f"{repository}@{commit}")
     return {
@@ -137,20 +184,19 @@ def _listing(hub: ModuleType, api: Any, repository: str, commit: str) -> dict[st
 
 
 def _files_below(root: Path) -> list[str]:
-    """Returns the parquet files of a cached snapshot."""
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.parquet"))
 
 
 def _checked_digest(file: Path, expected: Any, repository: str) -> str:
-    """Returns a file's sha256, if size and digest are what the commit says.
+    """Returns a file's sha256, if its size and digest match the commit.
 
-    The client checks sizes only. Large files carry a sha256; small ones their git blob id.
+    The client checks sizes only. Large files have a sha256, small ones a git blob id.
 
     Raises:
-        DownloadError: they differ; the file is removed, so that the next run fetches it again.
+        DownloadError: they differ; the file is removed, so that the next run downloads it again.
     """
     if not file.is_file():
-        raise DownloadError(f"{repository}: {file} did not arrive; run the same command again")
+        raise DownloadError(f"{repository}: {file} was not downloaded; run the same command again")
     size = file.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     small = expected is not None and expected.lfs is None
@@ -166,7 +212,7 @@ def _checked_digest(file: Path, expected: Any, repository: str) -> str:
             file.resolve().unlink(missing_ok=True)
             file.unlink(missing_ok=True)
             raise DownloadError(
-                f"{repository}: {file.name} arrived altered or cut short ({size} bytes, digest "
+                f"{repository}: {file.name} was altered or truncated ({size} bytes, digest "
                 f"{found[:12]}; expected {expected.size} bytes, digest {wanted[:12]}); "
                 "it was removed, run the same command again"
             )
@@ -175,9 +221,9 @@ def _checked_digest(file: Path, expected: Any, repository: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(hub: ModuleType, repository: str, revision: str | None) -> Iterator[None]:
-    """Turns whatever the client raises for a fault outside the program into a `DownloadError`."""
-    # The base of the client's HTTP errors is that of its transport too, and changed its package
-    # with the client (requests, httpx, httpx2): taken from the class itself, none is imported here.
+    """Converts the client's errors about the network, the Hub or the disk to a `DownloadError`."""
+    # The base class of the client's HTTP errors is also that of its transport, whose package
+    # differs between versions (requests, httpx, httpx2). Using the class avoids importing it.
     transport = hub.errors.HfHubHTTPError.__bases__[0]
     try:
         yield
@@ -190,24 +236,22 @@ def _hub_errors(hub: ModuleType, repository: str, revision: str | None) -> Itera
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Returns what the client met first; it wraps that in "not found in the cache"."""
+    """Returns the first error; the client wraps it in "not found in the cache"."""
     while type(error).__name__ in _WRAPPERS and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-_WRAPPERS = ("LocalEntryNotFoundError", "IncompleteSnapshotError", "RevisionResolutionError")
-
-
 def _explain(hub: ModuleType, error: BaseException, repository: str) -> str:
-    """Returns cause and mend in one sentence."""
-    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    """Returns the cause and a fix in one sentence."""
+    errors = hub.errors
+    endpoint = hub.constants.ENDPOINT
     page = f"{endpoint}/datasets/{repository}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
             "it is not in the cache and offline mode is on; unset HF_HUB_OFFLINE and run the same "
-            "command once with a network"
+            "command once with network access"
         )
     if isinstance(error, errors.GatedRepoError):
         return (
@@ -215,39 +259,40 @@ def _explain(hub: ModuleType, error: BaseException, repository: str) -> str:
             "`hf auth login` with a token that may read gated repositories, and run again"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"there is no such revision (404); see {page}/commits for those there are"
+        return f"there is no such revision (404); see {page}/commits for a list"
     if isinstance(error, errors.DisabledRepoError):
         return f"the Hub has disabled the repository ({status}); see {page}"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
         if status in (401, 403):
             return (
                 f"the Hub refused access ({status}): the repository is private or missing, or the "
-                "token is wrong; check the name, run `hf auth login` with a token that may read it"
+                "token is wrong; check the name, or run `hf auth login` with another token"
             )
         return f"there is no such data set (404); check the name at {page}"
     if status is not None:
         busy = "is busy (429, too many requests)" if status == 429 else f"failed ({status})"
-        return f"the Hub {busy}; wait some minutes and run again, what has arrived is kept"
+        return f"the Hub {busy}; wait a few minutes and run again, complete files are kept"
     return _explain_transport(error, endpoint)
 
 
 def _explain_transport(error: BaseException, endpoint: str) -> str:
-    """Returns cause and mend of a fault below HTTP."""
-    kind, text = type(error).__name__, (str(error).splitlines() or [""])[0]
+    """Returns the cause and a fix of a failure below HTTP."""
+    kind = type(error).__name__
+    text = (str(error).splitlines() or [""])[0]
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the Hub's cache has no room ({text}); free space or set HF_HOME, and run again"
+        return f"the Hub's cache is full ({text}); free some space or set HF_HOME, and run again"
     if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-        return f"the Hub's cache cannot be written ({text}); set HF_HOME to a folder that can"
+        return f"the Hub's cache cannot be written ({text}); set HF_HOME to a writable folder"
     if "Consistency check" in text:
-        return f"a file arrived cut short ({text}); run again, complete files are kept"
+        return f"a file was truncated ({text}); run again, complete files are kept"
     if kind in ("ConnectError", "ConnectionError", "ConnectTimeout", "ProxyError", "SSLError"):
         return (
             f"{endpoint} cannot be reached ({text}); check the network, proxy and HF_ENDPOINT, "
             "and run again"
         )
     if "Timeout" in kind:
-        return f"{endpoint} does not answer in time ({kind}); run again, complete files are kept"
+        return f"{endpoint} did not answer in time ({kind}); run again, complete files are kept"
     if kind in ("RemoteProtocolError", "ReadError", "ChunkedEncodingError", "NetworkError"):
-        return f"the connection was cut ({text}); run again, complete files are kept"
-    return f"{kind}: {text}; run again, and check HF_ENDPOINT if it stays"
+        return f"the connection was lost ({text}); run again, complete files are kept"
+    return f"{kind}: {text}; run again, and check HF_ENDPOINT if it persists"

@@ -1,11 +1,11 @@
-"""OpenEDS folders: frames as PNG, labels of four classes (or two) beside them.
+"""OpenEDS folders: frames as PNG files, with labels of four classes (or two).
 
-Two layouts: `S_*/N.png` with `N.npy`, a folder a subject, without splits; and
-`{train,validation}/{images,labels}/NAME`, labels `.npy` or `.png`.
+There are two layouts: `S_*/N.png` with `N.npy`, one folder per subject, without splits; and
+`{train,validation}/{images,labels}/NAME`, with labels as `.npy` or `.png`.
 
-Whether labels have four classes or two is decided once for the set: two if no label among up to 64,
-spread evenly over the set, exceeds 1; else four. It is recorded, and each frame is checked against
-it when read, so one frame that disagrees stops the run instead of losing its pupil.
+The number of classes is decided once for the whole set: two if none of up to 64 labels, spread
+evenly over the set, exceeds 1; otherwise four. It is recorded, and each frame is checked against it
+when it is read, so a frame that disagrees stops the run instead of losing its pupil.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pupilseg.errors import DataError
 from pupilseg.sample import SHAPE, SPLITS, Sample
@@ -22,10 +23,11 @@ from pupilseg.sources.frames import (
     fit_frame,
     png_size,
     pupil_of,
-    read_image,
     read_label,
+    read_png,
 )
 from pupilseg.sources.paths import safe_relative
+from pupilseg.sources.spec import Source, SourceType
 from pupilseg.sources.splits import (
     SPLIT_FOLDERS,
     check_range,
@@ -36,27 +38,32 @@ from pupilseg.sources.splits import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from pupilseg.sources.options import SourceOptions
 
 log = logging.getLogger(__name__)
 
 _SUBJECT = re.compile(r"S_\w+")
-_LABELS_LOOKED_AT = 64
+_LABELS_CHECKED = 64
 
-Frame = tuple[str, str, int, int]
-"""Image path, label path (relative, POSIX), and their sizes in bytes."""
+
+class FrameFiles(NamedTuple):
+    """Paths of an image and its label (relative, POSIX), and their sizes in bytes."""
+
+    image: str
+    label: str
+    image_bytes: int
+    label_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class OpenEdsDataset:
-    """Frames read from PNG and NPY files when asked for."""
+    """Frames read from PNG and NPY files on demand."""
 
     source: str
     split_rule: str
     root: Path
-    frames: dict[str, tuple[Frame, ...]]
+    frames: dict[str, tuple[FrameFiles, ...]]
     classes: int
     resize: str
     preprocessing: str = "none"
@@ -68,77 +75,67 @@ class OpenEdsDataset:
     def read(self, split: str, start: int, stop: int) -> Iterator[Sample]:
         """Yields samples start .. stop - 1 of a split; see `sample.Dataset`."""
         check_range(split, start, stop, self.count(split))
-        for image_path, label_path, *_ in self.frames[split][start:stop]:
-            image = read_image(self.root / image_path)
-            label = pupil_of(read_label(self.root / label_path, image.shape), self.classes)
-            if int(label.max()) > 1:
-                self._refuse(label_path, int(label.max()))
+        for files in self.frames[split][start:stop]:
+            image = read_png(self.root / files.image)
+            label_path = self.root / files.label
+            label = pupil_of(read_label(label_path, image.shape), self.classes)
+            if (highest := int(label.max())) > 1:
+                raise DataError(
+                    f"{label_path} has values up to {highest}, expected 0..{self.classes - 1} as "
+                    "in the other labels of the set; fix or remove this frame"
+                )
             image, label = fit_frame(image, label, self.resize)
-            name = image_path.removesuffix(".png")
-            yield Sample(name, image, label, origin=str(self.root / image_path))
-
-    def _refuse(self, label_path: str, highest: int) -> None:
-        """Raises for a label that does not have the number of classes of the set."""
-        raise DataError(
-            f"{self.root / label_path} has values up to {highest}, expected 0..{self.classes - 1}, "
-            f"which is what the set's other labels have; mend or remove this frame"
-        )
+            name = files.image.removesuffix(".png")
+            yield Sample(name, image, label, origin=str(self.root / files.image))
 
 
-def is_openeds(root: Path) -> bool:
-    """Says whether a folder has one of the two layouts."""
+def _matches(source: Source) -> bool:
+    root = Path(source.location)
     return bool(_subjects(root)) or any((root / name / "images").is_dir() for name in SPLIT_FOLDERS)
 
 
-def scan(root: Path, options: SourceOptions) -> dict[str, Any]:
-    """Returns what `source.json` records of an OpenEDS folder, having looked at every header.
-
-    Raises:
-        DataError: an empty folder, a missing label or split, a file that is no PNG.
-    """
-    frames, rule = _by_subject(root, options) if _subjects(root) else _by_folder(root)
-    every = [frame for split in SPLITS for frame in frames[split]]
+def _inspect(
+    source: Source, options: SourceOptions, _previous: dict[str, Any] | None
+) -> dict[str, Any]:
+    root = Path(source.location)
+    frames, rule = _split_by_subject(root, options) if _subjects(root) else _split_by_folder(root)
+    every = [files for split in SPLITS for files in frames[split]]
     sizes: dict[str, int] = {}
-    for image_path, *_ in every:
-        height, width = png_size(root / image_path)
+    for files in every:
+        height, width = png_size(root / files.image)
         key = f"{height}x{width}"
         sizes[key] = sizes.get(key, 0) + 1
     if set(sizes) != {f"{SHAPE[0]}x{SHAPE[1]}"}:
-        log.warning("%s: frames of %s px become 400x640 by %s", root, sizes, options.resize)
+        log.warning("%s: frames of %s px are resized to 400x640 (%s)", root, sizes, options.resize)
     return {
         "source": f"openeds:{root.name}",
-        "layout": "openeds",
         "preprocessing": "none",
         "split_rule": rule,
         "counts": {split: len(frames[split]) for split in SPLITS},
         "classes": _count_classes(root, every),
         "sizes": sizes,
         "resize": options.resize,
-        "frames": {split: [list(frame) for frame in frames[split]] for split in SPLITS},
+        "frames": {split: [list(files) for files in frames[split]] for split in SPLITS},
     }
 
 
-def open_openeds(manifest: dict[str, Any], root: Path) -> OpenEdsDataset:
-    """Returns the data set that a manifest records.
-
-    Raises:
-        DataError: a file is gone or has another size than recorded.
-    """
-    frames: dict[str, tuple[Frame, ...]] = {}
+def _open(record: dict[str, Any]) -> OpenEdsDataset:
+    root = Path(record["request"]["location"])
+    frames: dict[str, tuple[FrameFiles, ...]] = {}
     for split in SPLITS:
-        frames[split] = tuple((str(i), str(k), m, n) for i, k, m, n in manifest["frames"][split])
-        for image, label, *sizes in frames[split]:
-            for path, size in zip((image, label), sizes, strict=True):
+        frames[split] = tuple(FrameFiles(*entry) for entry in record["frames"][split])
+        for files in frames[split]:
+            for path, size in ((files.image, files.image_bytes), (files.label, files.label_bytes)):
                 file = root / safe_relative(path, "source.json")
                 if not file.is_file() or file.stat().st_size != size:
-                    raise DataError(f"{file} is gone or has changed since the source was recorded")
+                    raise DataError(f"{file} is missing or has changed since it was recorded")
     return OpenEdsDataset(
-        source=manifest["source"],
-        split_rule=manifest["split_rule"],
+        source=record["source"],
+        split_rule=record["split_rule"],
         root=root,
         frames=frames,
-        classes=manifest["classes"],
-        resize=manifest["resize"],
+        classes=record["classes"],
+        resize=record["resize"],
     )
 
 
@@ -148,8 +145,14 @@ def _subjects(root: Path) -> list[Path]:
     return sorted(folders, key=lambda p: natural_key(p.name))
 
 
-def _by_subject(root: Path, options: SourceOptions) -> tuple[dict[str, list[Frame]], str]:
-    """Returns the frames of both splits, no subject in both unless there is only one."""
+def _split_by_subject(
+    root: Path, options: SourceOptions
+) -> tuple[dict[str, list[FrameFiles]], str]:
+    """Returns the frames of both splits and the split rule.
+
+    No subject is in both splits, unless there is only one. The rule is part of the manifest of
+    existing shards, so its wording must not change.
+    """
     people = {folder: _pairs(root, folder, folder) for folder in _subjects(root)}
     people = {folder: frames for folder, frames in people.items() if frames}
     if not people:
@@ -177,9 +180,9 @@ def _by_subject(root: Path, options: SourceOptions) -> tuple[dict[str, list[Fram
     )
 
 
-def _by_folder(root: Path) -> tuple[dict[str, list[Frame]], str]:
-    """Returns the frames of both splits from `{train,validation}/{images,labels}`."""
-    found: dict[str, list[Frame]] = {}
+def _split_by_folder(root: Path) -> tuple[dict[str, list[FrameFiles]], str]:
+    """Returns the frames of `{train,validation}/{images,labels}` and the split rule."""
+    found: dict[str, list[FrameFiles]] = {}
     for name, split in SPLIT_FOLDERS.items():
         images = root / name / "images"
         if images.is_dir():
@@ -190,9 +193,9 @@ def _by_folder(root: Path) -> tuple[dict[str, list[Frame]], str]:
     return {split: found[split] for split in SPLITS}, "splits of the source"
 
 
-def _pairs(root: Path, images: Path, labels: Path) -> list[Frame]:
-    """Returns the frames of a folder in natural order, each with its label."""
-    pairs: list[Frame] = []
+def _pairs(root: Path, images: Path, labels: Path) -> list[FrameFiles]:
+    """Returns the images of a folder with their labels, in natural order."""
+    pairs: list[FrameFiles] = []
     paths = [p for p in images.iterdir() if p.suffix == ".png" and not p.name.startswith(".")]
     for image in sorted(paths, key=lambda p: natural_key(p.name)):
         choices = [labels / f"{image.stem}.npy"]
@@ -204,7 +207,7 @@ def _pairs(root: Path, images: Path, labels: Path) -> list[Frame]:
                 f"{image} has no label; expected {' or '.join(str(choice) for choice in choices)}"
             )
         pairs.append(
-            (
+            FrameFiles(
                 image.relative_to(root).as_posix(),
                 label.relative_to(root).as_posix(),
                 image.stat().st_size,
@@ -214,11 +217,23 @@ def _pairs(root: Path, images: Path, labels: Path) -> list[Frame]:
     return pairs
 
 
-def _count_classes(root: Path, frames: list[Frame]) -> int:
-    """Returns 4, or 2 where no label among those looked at exceeds 1."""
-    step = max(1, len(frames) // _LABELS_LOOKED_AT)
-    for image_path, label_path, *_ in frames[::step]:
-        label = read_label(root / label_path, png_size(root / image_path))
+def _count_classes(root: Path, frames: list[FrameFiles]) -> int:
+    """Returns 4, or 2 if none of the checked labels exceeds 1."""
+    step = max(1, len(frames) // _LABELS_CHECKED)
+    for files in frames[::step]:
+        label = read_label(root / files.label, png_size(root / files.image))
         if int(label.max()) > 1:
             return EYE_CLASSES
     return 2
+
+
+TYPE = SourceType(
+    kind="folder",
+    layout="openeds",
+    form="FOLDER",
+    description="OpenEDS: S_*/N.png + N.npy, or {train,validation}/{images,labels}/",
+    parse=None,
+    matches=_matches,
+    inspect=_inspect,
+    open=_open,
+)

@@ -1,4 +1,4 @@
-"""How a source is read: the options that are recorded with it."""
+"""Options for reading a source."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RESIZES = ("letterbox", "stretch")
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """How a source is read; recorded with it.
+    """Options for reading a source, recorded in its `source.json`.
 
     Attributes:
         augmented_train: keep rows named `*_flip`, `*_blur`, `*_lines` in train.
         augmented_validation: keep them in validation.
-        resize: "letterbox" keeps the aspect of frames of another size, "stretch" does not.
-        validation_fraction: share that becomes validation where the source has no splits.
-        seed: series of rendered eyes where the source names none.
+        resize: "letterbox" keeps the aspect ratio of frames of another size, "stretch" does not.
+        validation_fraction: share used for validation if the source has no splits.
+        seed: series of rendered eyes, if the source string has no seed.
     """
 
     augmented_train: bool = True
@@ -33,14 +33,14 @@ class SourceOptions:
             raise UsageError(f"unknown resize {self.resize!r}; choose one of: {', '.join(RESIZES)}")
         if not 0 < self.validation_fraction < 1:
             raise UsageError(
-                f"validation_fraction is {self.validation_fraction}, expected more than 0, "
+                f"validation_fraction is {self.validation_fraction}, expected more than 0 and "
                 "less than 1"
             )
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}, expected 0 or more")
 
     def flags(self) -> list[str]:
-        """Returns the words of `pipeline.download` that set what differs from the defaults."""
+        """Returns the flags of `pipeline.download` for options that differ from the defaults."""
         words: list[str] = []
         for key, default in SourceOptions().as_dict().items():
             value, name = getattr(self, key), key.replace("_", "-")
@@ -53,5 +53,5 @@ class SourceOptions:
         return words
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the options as plain values, as `source.json` records them."""
+        """Returns the options as plain values, as recorded in `source.json`."""
         return asdict(self)

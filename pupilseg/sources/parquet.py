@@ -1,22 +1,24 @@
-"""A data set of parquet files, as `datasets.push_to_hub` or the upstream scripts write them."""
+"""Data sets of parquet files, as written by `datasets.push_to_hub` or the upstream scripts."""
 
 from __future__ import annotations
 
 import logging
 import re
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from pupilseg.errors import DataError
+from pupilseg.files import file_digest
 from pupilseg.preprocess import NONE
 from pupilseg.sample import SPLITS, Sample
 from pupilseg.sources import columns
 from pupilseg.sources.paths import safe_relative
-from pupilseg.sources.rows import RowStream, damage
+from pupilseg.sources.rows import RowStream, parquet_errors
+from pupilseg.sources.spec import Source, SourceType
 from pupilseg.sources.splits import (
     check_range,
     check_split,
@@ -27,7 +29,6 @@ from pupilseg.sources.splits import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREPROCESSED = "gamma0.8+clahe1.5"
-"""What `preprocessed` = true means in revision A."""
+"""The preprocessing of rows with `preprocessed` = true (revision A)."""
 _AUGMENTED = re.compile(r".*_(flip|blur|lines)(\.\w+)?")
 EXPECTED = "train/*.parquet and validation/*.parquet, or data/{train,validation}-*.parquet"
 
@@ -47,20 +48,18 @@ class Part:
 
     Attributes:
         path: relative to the root, POSIX.
-        size: bytes.
-        rows: int64, the numbers of its rows that belong to the split.
+        rows: int64, the rows of the file that belong to the split.
     """
 
     path: str
-    size: int
     rows: NDArray[np.int64] = field(repr=False)
 
 
 class ParquetDataset:
-    """Samples in the order of the files' names and rows.
+    """Samples in the order of file names and rows.
 
-    A range that begins where the last one ended goes on in the open file, so reading a split range
-    by range decodes each row once.
+    A range that starts where the previous one ended continues in the open file, so reading a split
+    range by range decodes each row once.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class ParquetDataset:
     def read(self, split: str, start: int, stop: int) -> Iterator[Sample]:
         """Yields samples start .. stop - 1 of a split; see `sample.Dataset`."""
         check_range(split, start, stop, self.count(split))
-        # Taken out while in use, so that two readers of one data set never share a stream.
+        # Removed while in use, so that two readers of one data set never share a stream.
         stream, self._stream = self._stream, None
         first = 0
         try:
@@ -107,7 +106,6 @@ class ParquetDataset:
             self._stream = stream
 
     def _sample(self, stream: RowStream, row: int, part: Part) -> Sample:
-        """Returns one row as a sample."""
         values = stream.row(row)
         name = values.pop("name", None)
         if name is None or not self._unique_names:
@@ -115,34 +113,38 @@ class ParquetDataset:
         return Sample(name=name, **values, origin=f"{stream.file} row {row}")
 
 
-def scan(root: Path, paths: list[str], where: str, options: SourceOptions) -> dict[str, Any]:
-    """Returns what `source.json` records of the files, having read their schemas and names.
+def inspect_files(
+    root: Path, paths: list[str], where: str, options: SourceOptions
+) -> dict[str, Any]:
+    """Returns the entries of `source.json`, after reading the files' schemas and row names.
 
     Args:
-        root: the folder that holds them.
-        paths: relative, POSIX; files of a test split are passed over.
+        root: folder of the files.
+        paths: relative, POSIX; files of a test split are skipped.
         where: the source, for messages.
         options: which augmented rows to keep.
 
     Raises:
-        DataError: no files, a missing split or column, a file that is no parquet.
+        DataError: no files, a missing split or column, or an unreadable file.
     """
-    files, names, seen = [], {split: list[str]() for split in SPLITS}, set()
+    files = []
+    names = {split: list[str]() for split in SPLITS}
+    seen = set()
     preprocessed: set[bool] = set()
-    held: tuple[str, list[str]] | None = None
+    first: tuple[str, list[str]] | None = None
     for path in sorted(paths, key=natural_key):
         split = split_of(safe_relative(path, where))
         if split is None:
-            raise DataError(f"{where}: cannot tell the split of {path}; expected {EXPECTED}")
+            raise DataError(f"{where}: {path} belongs to no known split; expected {EXPECTED}")
         seen.add(split)
         if split not in SPLITS:
             continue
-        entry, columns_held, states = _scan_file(root, path, split, options, names[split])
-        if held is None:
-            held = path, columns_held
-        elif held[1] != columns_held:
+        entry, file_columns, states = _inspect_file(root, path, split, options, names[split])
+        if first is None:
+            first = path, file_columns
+        elif first[1] != file_columns:
             raise DataError(
-                f"{where}: {path} has the columns {columns_held}, but {held[0]} has {held[1]}"
+                f"{where}: {path} has the columns {file_columns}, but {first[0]} has {first[1]}"
             )
         preprocessed |= states
         files.append(entry)
@@ -153,7 +155,6 @@ def scan(root: Path, paths: list[str], where: str, options: SourceOptions) -> di
     if len(preprocessed) > 1:
         raise DataError(f"{where}: column preprocessed is true in some rows and false in others")
     return {
-        "layout": "parquet",
         "preprocessing": PREPROCESSED if True in preprocessed else NONE,
         "split_rule": "splits of the source",
         "counts": counts,
@@ -162,14 +163,14 @@ def scan(root: Path, paths: list[str], where: str, options: SourceOptions) -> di
     }
 
 
-def _scan_file(
+def _inspect_file(
     root: Path, path: str, split: str, options: SourceOptions, names: list[str]
 ) -> tuple[dict[str, Any], list[str], set[bool]]:
-    """Returns a file's entry, its columns, and the values of `preprocessed`; adds its names."""
+    """Returns a file's entry, columns and values of `preprocessed`; appends to `names`."""
     file = root / path
-    with damage(file):
+    with parquet_errors(file):
         parquet = pq.ParquetFile(file)
-        held = columns.check_schema(parquet.schema_arrow, str(file))
+        file_columns = columns.check_schema(parquet.schema_arrow, str(file))
         small = [n for n in (columns.NAME, columns.PREPROCESSED) if n in parquet.schema_arrow.names]
         table = parquet.read(columns=small) if small else None
         rows = parquet.metadata.num_rows
@@ -187,46 +188,72 @@ def _scan_file(
         for row, (name, keep) in enumerate(zip(row_names, kept, strict=True))
         if keep
     ]
-    entry: dict[str, Any] = {"path": path, "size": file.stat().st_size, "split": split}
-    entry["rows"] = rows
+    entry: dict[str, Any] = {
+        "path": path,
+        "size": file.stat().st_size,
+        "split": split,
+        "rows": rows,
+    }
     if not kept.all():
         entry["kept"] = "".join("01"[int(keep)] for keep in kept)
-    return entry, held, states
+    return entry, file_columns, states
 
 
-def open_parquet(manifest: dict[str, Any], root: Path) -> ParquetDataset:
-    """Returns the data set that a manifest records.
+def open_files(record: dict[str, Any], root: Path) -> ParquetDataset:
+    """Returns the data set of a record whose files are in `root`.
 
     Raises:
-        DataError: a file is gone or has another size than recorded.
+        DataError: a file is missing or has changed.
     """
     parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
-    for entry in manifest["files"]:
+    for entry in record["files"]:
         file = root / safe_relative(entry["path"], "source.json")
         if not file.is_file() or file.stat().st_size != entry["size"]:
-            raise DataError(f"{file} is gone or has changed since the source was recorded")
+            raise DataError(f"{file} is missing or has changed since it was recorded")
         kept = entry.get("kept")
         rows = (
             np.arange(entry["rows"])
             if kept is None
             else np.flatnonzero(np.frombuffer(kept.encode(), dtype=np.uint8) == ord("1"))
         )
-        parts[entry["split"]].append(Part(entry["path"], entry["size"], rows))
+        parts[entry["split"]].append(Part(entry["path"], rows))
     return ParquetDataset(
-        source=manifest["source"],
-        preprocessing=manifest["preprocessing"],
-        split_rule=manifest["split_rule"],
+        source=record["source"],
+        preprocessing=record["preprocessing"],
+        split_rule=record["split_rule"],
         root=root,
         parts={split: tuple(parts[split]) for split in SPLITS},
-        unique_names=manifest["unique_names"],
+        unique_names=record["unique_names"],
     )
 
 
-def find_parquet(root: Path) -> list[str]:
-    """Returns the parquet files below a folder, relative and POSIX, hidden ones passed over."""
+def _find_files(root: Path) -> list[str]:
+    """Returns the parquet files below a folder, relative and POSIX, without hidden ones."""
     paths = (path.relative_to(root) for path in root.rglob("*.parquet") if path.is_file())
     return sorted(
         PurePosixPath(path).as_posix()
         for path in paths
         if not any(part.startswith(".") for part in path.parts)
     )
+
+
+def _inspect(
+    source: Source, options: SourceOptions, _previous: dict[str, Any] | None
+) -> dict[str, Any]:
+    root = Path(source.location)
+    found = inspect_files(root, _find_files(root), str(root), options)
+    for entry in found["files"]:
+        entry["sha256"] = file_digest(root / entry["path"])
+    return found | {"source": f"parquet:{root.name}"}
+
+
+TYPE = SourceType(
+    kind="folder",
+    layout="parquet",
+    form="FOLDER",
+    description="the same on disk: {train,validation}/*.parquet or data/*.parquet",
+    parse=None,
+    matches=lambda source: bool(_find_files(Path(source.location))),
+    inspect=_inspect,
+    open=lambda record: open_files(record, Path(record["request"]["location"])),
+)

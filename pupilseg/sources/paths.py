@@ -1,4 +1,4 @@
-"""Paths that a data set names: never joined unchecked."""
+"""Checks paths that come from a data set, before they are joined to a folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pupilseg.errors import DataError
 
 
 def safe_relative(path: str, where: str) -> PurePosixPath:
-    """Returns a path that a data set names, if joining it cannot leave the data set's folder.
+    """Returns a path from a data set, if it cannot point outside the data set's folder.
+
+    Args:
+        path: relative path with forward slashes.
+        where: origin of the path, for the error message.
 
     Raises:
-        DataError: it is absolute, climbs with `..`, or holds a backslash or control character.
+        DataError: it is absolute, has a `..` or an empty part, a backslash or a control character.
     """
     parts = path.split("/")
     if (
@@ -22,5 +26,5 @@ def safe_relative(path: str, where: str) -> PurePosixPath:
         or not path.isprintable()
         or ":" in parts[0]
     ):
-        raise DataError(f"{where} names the file {path!r}, which is not a path inside it; refused")
+        raise DataError(f"{where} lists the file {path!r}, which is not a path inside it; refused")
     return PurePosixPath(path)

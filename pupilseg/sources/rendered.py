@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pupilseg.errors import DataError
+from pupilseg.errors import DataError, UsageError
 from pupilseg.sample import Sample
 from pupilseg.sources.frames import PUPIL_OF_FOUR
+from pupilseg.sources.spec import Source, SourceType
 from pupilseg.sources.splits import check_range, check_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pupilseg.sources.options import SourceOptions
-    from pupilseg.sources.spec import Source
+
+_TEXT = re.compile(r"synthetic:(?P<count>\d+)(?:@(?P<seed>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedDataset:
-    """Frames that are rendered when they are read; each is another person's eye.
+    """Frames rendered on demand; each shows the eye of another person.
 
-    The first `train` indices of the series are train, the next `validation` are validation.
+    The first `train` indices of the series are train, the next `validation` indices validation.
     """
 
     source: str
@@ -48,8 +51,19 @@ class RenderedDataset:
             yield Sample(name, frame.image, label)
 
 
-def scan(source: Source, options: SourceOptions) -> dict[str, Any]:
-    """Returns what `source.json` records of a rendered source."""
+def _parse(text: str) -> Source | None:
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        return None
+    count, seed = int(match["count"]), match["seed"]
+    if count < 2:
+        raise UsageError(f"{text} has fewer than one frame per split; use synthetic:2 or more")
+    return Source("synthetic", str(count), seed=None if seed is None else int(seed))
+
+
+def _inspect(
+    source: Source, options: SourceOptions, _previous: dict[str, Any] | None
+) -> dict[str, Any]:
     from pupilseg.synthetic import RENDERER_VERSION
 
     frames = int(source.location)
@@ -57,7 +71,6 @@ def scan(source: Source, options: SourceOptions) -> dict[str, Any]:
     validation = min(frames - 1, max(1, round(frames * options.validation_fraction)))
     return {
         "source": f"synthetic:{frames}@{seed}",
-        "layout": "rendered",
         "renderer_version": RENDERER_VERSION,
         "seed": seed,
         "preprocessing": "none",
@@ -69,23 +82,30 @@ def scan(source: Source, options: SourceOptions) -> dict[str, Any]:
     }
 
 
-def open_rendered(manifest: dict[str, Any]) -> RenderedDataset:
-    """Returns the data set that a manifest records.
-
-    Raises:
-        DataError: another version of the renderer made it.
-    """
+def _open(record: dict[str, Any]) -> RenderedDataset:
     from pupilseg.synthetic import RENDERER_VERSION
 
-    recorded = manifest["renderer_version"]
+    recorded = record["renderer_version"]
     if recorded != RENDERER_VERSION:
         raise DataError(
-            f"{manifest['source']} was put in place for version {recorded} of the renderer, this is"
-            f" version {RENDERER_VERSION}"
+            f"{record['source']} was recorded with version {recorded} of the renderer, this is "
+            f"version {RENDERER_VERSION}"
         )
     return RenderedDataset(
-        source=manifest["source"],
-        split_rule=manifest["split_rule"],
-        seed=manifest["seed"],
-        **manifest["counts"],
+        source=record["source"],
+        split_rule=record["split_rule"],
+        seed=record["seed"],
+        **record["counts"],
     )
+
+
+TYPE = SourceType(
+    kind="synthetic",
+    layout="rendered",
+    form="synthetic:N[@seed]",
+    description="N rendered eyes",
+    parse=_parse,
+    matches=lambda _source: True,
+    inspect=_inspect,
+    open=_open,
+)

@@ -1,8 +1,8 @@
 """Rows of one parquet file, in order, with little memory.
 
-Rows are decoded a few at a time wherever row groups begin and end: upstream writes a file of many
-thousand rows as one row group, which does not fit in memory (measured: 33 MB at the peak for any
-size of the group, and 7 ms a row).
+Rows are decoded a few at a time, independent of row groups: upstream writes a file of many thousand
+rows as one row group, which does not fit into memory. (Measured: a peak of 33 MB for any size of
+the row group, and 7 ms per row.)
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 8
 READ_BUFFER = 1 << 20
-"""Bytes read at a time from each column; without it pyarrow loads a whole column chunk."""
+"""Bytes read from each column at a time; by default pyarrow loads a whole column chunk."""
 
 
 class RowStream:
-    """Rows of one file, decoded forwards in small batches; going back begins anew."""
+    """Rows of one file, decoded forwards in small batches; going backwards starts over."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._first = self._next = 0  # the rows of the current batch: first .. next - 1
+        # The current batch has the rows first .. next - 1.
+        self._first = 0
+        self._next = 0
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._current: dict[str, Any] = {}
-        with damage(file):
+        with parquet_errors(file):
             self._parquet = pq.ParquetFile(file, buffer_size=READ_BUFFER, pre_buffer=False)
             self._columns = columns.check_schema(self._parquet.schema_arrow, str(file))
             sizes = [
@@ -44,14 +46,14 @@ class RowStream:
         self._ends = np.cumsum([0, *sizes])[1:]
 
     def row(self, row: int) -> dict[str, Any]:
-        """Returns the columns of a row, and its name where the file has names."""
+        """Returns the columns of a row, and "name" if the file has names."""
         if not self._first <= row < self._next:
             self._seek(row)
         at = row - self._first
         return {name: values[at] for name, values in self._current.items()}
 
     def _seek(self, row: int) -> None:
-        """Decodes the batch that holds `row`."""
+        """Decodes the batch that contains `row`."""
         group = int(np.searchsorted(self._ends, row, side="right"))
         group_start = int(self._ends[group - 1]) if group else 0
         if row < self._next or group_start > self._next or self._next == 0:
@@ -61,16 +63,16 @@ class RowStream:
             )
             self._next = group_start
         while self._next <= row:
-            with damage(self.file):
+            with parquet_errors(self.file):
                 batch = next(self._batches, None)
             if batch is None:
-                raise DataError(f"{self.file} ends before row {row}; fetch the file again")
-            self._first, self._next = self._next, self._next + len(batch)
+                raise DataError(f"{self.file} ends before row {row}; download the file again")
+            self._first = self._next
+            self._next += len(batch)
             if self._next > row:
                 self._current = self._decode(batch)
 
     def _decode(self, batch: pa.RecordBatch) -> dict[str, Any]:
-        """Returns the columns of a batch as arrays."""
         file, first = str(self.file), self._first
         values: dict[str, Any] = {
             column.name: columns.column_array(column, batch.column(column.name), file, first)
@@ -86,12 +88,12 @@ class RowStream:
 
 
 @contextlib.contextmanager
-def damage(file: Path) -> Iterator[None]:
-    """Turns what pyarrow says about a damaged file into an error that names the file."""
+def parquet_errors(file: Path) -> Iterator[None]:
+    """Converts pyarrow's errors about a damaged file to a DataError that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{file} is not a readable parquet file: {reason}; fetch the file again"
+            f"{file} is not a readable parquet file: {reason}; download the file again"
         ) from error

@@ -1,31 +1,26 @@
-"""The one string that names a source."""
+"""A data source by name, and what a type of source has to provide."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pupilseg.errors import DataError, UsageError
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-FORMS = """a source is one of:
-  owner/name[@revision]   a Hugging Face dataset repository of parquet files
-  FOLDER                  the same on disk: {train,validation}/*.parquet or data/*.parquet
-  FOLDER                  OpenEDS: S_*/N.png + N.npy, or {train,validation}/{images,labels}/
-  synthetic:N[@seed]      N rendered eyes"""
-_HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^\s@]+))?")
-_SYNTHETIC = re.compile(r"synthetic:(?P<count>\d+)(?:@(?P<seed>\d+))?")
+    from pupilseg.sample import Dataset
+    from pupilseg.sources.options import SourceOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A parsed source.
+    """A parsed source string.
 
     Attributes:
-        kind: "hub", "folder" or "synthetic".
-        location: repository, absolute path of the folder, or number of frames.
-        revision: branch, tag or commit that was asked for (hub), else None.
-        seed: series of rendered eyes, None where the source names none.
+        kind: "hub", "folder", or the prefix of the string, such as "synthetic".
+        location: repository, absolute path of the folder, or the part after the prefix.
+        revision: requested branch, tag or commit (hub only).
+        seed: series of rendered eyes; None if the string has no seed.
     """
 
     kind: str
@@ -34,48 +29,36 @@ class Source:
     seed: int | None = None
 
     def __str__(self) -> str:
-        if self.kind == "synthetic":
-            return f"synthetic:{self.location}" + ("" if self.seed is None else f"@{self.seed}")
-        return self.location if self.revision is None else f"{self.location}@{self.revision}"
+        text = self.location if self.kind in ("hub", "folder") else f"{self.kind}:{self.location}"
+        for suffix in (self.revision, self.seed):
+            if suffix is not None:
+                text += f"@{suffix}"
+        return text
 
 
-def parse_source(text: str, revision: str | None = None) -> Source:
-    """Returns what a source string names; a folder that exists wins over a repository.
+@dataclass(frozen=True, slots=True)
+class SourceType:
+    """One type of source; `registry.SOURCE_TYPES` lists all of them.
 
-    Args:
-        text: one of `FORMS`.
-        revision: revision given apart from the string.
-
-    Raises:
-        UsageError: the string has none of the forms, or two revisions differ.
-        DataError: it names a path where no folder is.
+    Attributes:
+        kind: `Source.kind` of such sources.
+        layout: layout of the data, as recorded in source.json. Kind and layout identify the type.
+        form: how a source is written on the command line.
+        description: one line of help.
+        parse: source string -> Source, or None if the string has another form. None for folders.
+        matches: True if a source of this kind has this layout.
+        inspect: (source, options, previous record or None) -> entries of source.json: "source",
+            "preprocessing", "split_rule" and "counts", then the type's own; "commit" and "request"
+            override the defaults. Downloads what is missing. Raises DataError or DownloadError.
+        open: source.json -> Dataset, without network. Raises DataError if files are missing or have
+            changed.
     """
-    folder = Path(text).expanduser()
-    if text and folder.is_dir():
-        source = Source("folder", str(folder.resolve()))
-    elif match := _SYNTHETIC.fullmatch(text):
-        seed = match["seed"]
-        source = Source("synthetic", str(int(match["count"])), seed=int(seed) if seed else None)
-        if int(match["count"]) < 2:
-            raise UsageError(f"{text} has no frame for each split; ask for synthetic:2 or more")
-    elif text.startswith((".", "/", "~")) or folder.is_file():
-        raise DataError(f"source {text!r}: there is no such folder; {FORMS}")
-    elif match := _HUB.fullmatch(text):
-        source = Source("hub", match["repo"], match["revision"])
-    else:
-        raise UsageError(f"unknown source {text!r}; {FORMS}")
-    return source if revision is None else _with_revision(source, revision)
 
-
-def _with_revision(source: Source, revision: str) -> Source:
-    """Returns the source at a revision given apart from it."""
-    if source.kind != "hub":
-        raise UsageError(
-            f"{source} has no revisions, so {revision!r} cannot be had; leave out --revision"
-        )
-    if source.revision not in (None, revision):
-        raise UsageError(
-            f"two revisions asked for, {source.revision!r} in the source and {revision!r} beside "
-            "it; leave one out"
-        )
-    return Source(source.kind, source.location, revision)
+    kind: str
+    layout: str
+    form: str
+    description: str
+    parse: Callable[[str], Source | None] | None
+    matches: Callable[[Source], bool]
+    inspect: Callable[[Source, SourceOptions, dict[str, Any] | None], dict[str, Any]]
+    open: Callable[[dict[str, Any]], Dataset]

@@ -1,4 +1,4 @@
-"""Names of splits and the order of names, shared by the sources."""
+"""Names of splits and natural order of names, shared by the sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-"""How data sets spell their splits. A test split is read by nothing here."""
+"""Spellings of splits in data sets. A test split is never read."""
 _FILE = re.compile(rf"({'|'.join(SPLIT_FOLDERS)})(?:[-_.].*)?", re.IGNORECASE)
 _DIGITS = re.compile(r"(\d+)")
 
@@ -35,9 +35,9 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def split_of(path: PurePosixPath) -> str | None:
-    """Returns the split that a file's folders or name say: `val/x.parquet`, `train-00000.parquet`.
+    """Returns the split of a file by its folders or name: `val/x.parquet`, `train-00000.parquet`.
 
-    The outermost folder that names a split wins; None if nothing does.
+    The outermost folder with the name of a split takes precedence. None if there is no such name.
     """
     for folder in path.parts[:-1]:
         if folder.lower() in SPLIT_FOLDERS:
@@ -51,7 +51,7 @@ def missing_split(where: Path | str, split: str, expected: str, found: Iterable[
     names = sorted(set(found))
     has = f"found: {', '.join(names)}" if names else "found none"
     test = (
-        "; a test split is never used in its place: rename it if you mean to"
+        "; a test split is never used instead: rename it if you want to use it"
         if "test" in names
         else ""
     )

@@ -191,7 +191,7 @@ def test_small_files_are_checked_by_their_git_id(hub, client):
 
 def test_altered_file_is_removed_and_the_retry_heals(hub, client):
     hub.faults = [Fault("GET .*/resolve/.*train", "alter", times=1)]
-    check_failure(client.download(), "shard_00000.parquet arrived altered", "run the same command")
+    check_failure(client.download(), "shard_00000.parquet was altered", "run the same command")
     assert not client.out.joinpath("source.json").exists()
     assert client.download().returncode == 0
     assert client.first_image() == int(frame(10)[0].sum())
@@ -280,9 +280,9 @@ def test_a_hub_that_moves_between_two_requests_gives_one_commit(hub, client, com
         (Fault("/resolve/.*train", "403 GatedRepo"), ["gated", "ask for access"]),
         (Fault("/resolve/.*train", "404 EntryNotFound"), ["404"]),
         (Fault("GET .*/resolve/.*train", "503"), ["503", "run again"]),
-        (Fault("GET .*/resolve/.*train", "short", times=1), ["cut short", "run again"]),
-        (Fault("/api/", "drop"), ["cut", "run again"]),
-        (Fault("GET .*/resolve/.*train", "stall"), ["in time|cut", "run again"]),
+        (Fault("GET .*/resolve/.*train", "short", times=1), ["truncated", "run again"]),
+        (Fault("/api/", "drop"), ["lost", "run again"]),
+        (Fault("GET .*/resolve/.*train", "stall"), ["in time|lost", "run again"]),
     ],
     ids=lambda value: value.kind + value.match[-6:] if isinstance(value, Fault) else "",
 )
@@ -340,7 +340,7 @@ def test_cache_without_room(hub, client):
         done = client.download()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    check_failure(done, "cache has no room", "set HF_HOME")
+    check_failure(done, "cache is full", "set HF_HOME")
     assert not list((client.folder / "hf").rglob("*.incomplete"))
     assert client.download().returncode == 0
 

@@ -147,7 +147,7 @@ def sixteen_bits(folder):
     cv2.imwrite(str(folder / "1.png"), np.full((400, 640), 4000, np.uint16))
 
 
-def colour(folder):
+def color(folder):
     cv2.imwrite(str(folder / "1.png"), np.full((400, 640, 3), (1, 2, 3), np.uint8))
 
 
@@ -164,9 +164,9 @@ def save_label(array):
     [
         (spoil_png, r"1.png is not a readable PNG"),
         (png_of_text, r"1.png is not a PNG file"),
-        (absurd_png, r"1.png claims to be 2147483647 x 2147483647"),
+        (absurd_png, r"1.png claims 2147483647 x 2147483647"),
         (sixteen_bits, r"1.png has uint16 pixels"),
-        (colour, r"1.png is a colour image"),
+        (color, r"1.png is a color image"),
         (lambda folder: (folder / "1.npy").unlink(), r"1.png has no label; expected .*1.npy"),
         (lambda folder: (folder / "1.npy").write_bytes(b"nope"), r"cannot read label .*1.npy"),
         (pickled_label, r"cannot read label .*1.npy"),
@@ -199,7 +199,7 @@ def test_empty_and_foreign_folders(tmp_path):
     for name, words in [
         ("eyes", "has no frames"),
         ("none", "it is empty"),
-        ("other", "it holds neither layout"),
+        ("other", "it has none of the layouts"),
         ("half", "has no train split"),
     ]:
         with pytest.raises(DataError, match=words):
@@ -211,7 +211,7 @@ def test_frame_that_changed_since_is_named(tmp_path):
     folder = write_openeds(tmp_path / "eyes" / "S_1", range(3))
     opened(tmp_path / "eyes", tmp_path / "raw")
     (folder / "2.png").unlink()
-    with pytest.raises(DataError, match=r"2.png is gone or has changed .*pipeline.download"):
+    with pytest.raises(DataError, match=r"2.png is missing or has changed .*pipeline.download"):
         open_dataset(tmp_path / "raw")
     (folder / "2.npy").unlink()
     assert opened(tmp_path / "eyes", tmp_path / "raw").count("validation") == 1

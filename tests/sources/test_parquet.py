@@ -250,8 +250,8 @@ def test_files_with_other_columns_are_refused(tmp_path):
         (["train/a.parquet"], "has no validation split; expected .* found: train"),
         (["val/a.parquet"], "has no train split.*found: validation"),
         (["train/a.parquet", "test/b.parquet"], "no validation.*test split is never used"),
-        (["a.parquet"], "cannot tell the split of a.parquet"),
-        (["training_data.parquet", "validated.parquet"], "cannot tell the split of"),
+        (["a.parquet"], "a.parquet belongs to no known split"),
+        (["training_data.parquet", "validated.parquet"], "belongs to no known split"),
     ],
 )
 def test_missing_split_is_named(tmp_path, paths, words):

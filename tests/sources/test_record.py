@@ -79,7 +79,7 @@ def test_second_source_is_refused_with_both_names(tmp_path):
     write_openeds(second / "S_1", range(2))
     path = download(str(first), tmp_path / "raw")
     before = path.read_bytes()
-    with pytest.raises(DataError, match=rf"holds parquet:one, not .*two; .*rm {path}"):
+    with pytest.raises(DataError, match=rf"contains parquet:one, not .*two; .*rm {path}"):
         download(str(second), tmp_path / "raw")
     assert path.read_bytes() == before
     path.unlink()
