@@ -1,4 +1,4 @@
-"""`torch.compile`, given up with one warning where no compiler works."""
+"""`torch.compile` with a fallback to eager execution where no compiler works."""
 
 from __future__ import annotations
 
@@ -17,42 +17,41 @@ log = logging.getLogger(__name__)
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 MODE = "max-autotune"
-
-
-# Dynamo's and Inductor's errors are RuntimeErrors, a missing C compiler is one of Triton's.
-_NO_COMPILER = (RuntimeError, OSError)
+_COMPILER_ERRORS = (RuntimeError, OSError)
+"""Dynamo and Inductor raise RuntimeErrors; so does Triton when there is no C compiler."""
 
 
 class Compiled(Generic[Parameters, Result]):
-    """A function compiled at its first call; called as it is where no compiler works.
+    """A function that is compiled at its first call, or called as it is if compiling fails.
 
     Args:
-        function: to compile. A fault of its own is raised by the call of the plain form.
-        name: what the one warning says is slower without a compiler.
+        function: to compile. An error of its own is raised again by the eager call.
+        name: what runs slower without a compiler, for the warning.
     """
 
     def __init__(self, function: Callable[Parameters, Result], name: str) -> None:
-        self._plain, self._name = function, name
+        self._eager = function
+        self._name = name
         self._compiled: Callable[Parameters, Result] | None = None
-        self._given_up = False
+        self._failed = False
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         """Calls the function."""
-        if not self._given_up:
+        if not self._failed:
             try:
                 if self._compiled is None:
-                    self._compiled = torch.compile(self._plain)
+                    self._compiled = torch.compile(self._eager)
                 return self._compiled(*args, **kwargs)
             except torch.OutOfMemoryError:
                 raise
-            except _NO_COMPILER as error:
-                self._given_up = True
+            except _COMPILER_ERRORS as error:
+                self._failed = True
                 log.warning(
-                    "%s is not compiled, which makes it slower: %s; install a C compiler",
+                    "%s is not compiled and therefore slower: %s; install a C compiler",
                     self._name,
-                    str(error).strip().splitlines()[0],
+                    _first_line(error),
                 )
-        return self._plain(*args, **kwargs)
+        return self._eager(*args, **kwargs)
 
 
 def compile_network(
@@ -62,20 +61,20 @@ def compile_network(
     autocast: Mapping[str, Any],
     mode: str = MODE,
 ) -> bool:
-    """Compiles a network in place, forward and backward, for one shape of batch.
+    """Compiles a network in place, forward and backward, for one batch shape.
 
-    In place, so that names in its `state_dict` keep no `_orig_mod.` prefix. Compiling happens here,
-    not in the first step; weights and statistics are afterwards what they were.
+    In place, so that `state_dict` keys get no `_orig_mod.` prefix. Compilation happens in this
+    call, not in the first training step; weights and statistics keep their values.
 
     Args:
         model: on its device, in training mode.
         example: a batch of images like those to come.
-        objective: maps the network's output to a scalar with a gradient.
+        objective: maps the network's output to a scalar that has a gradient.
         autocast: arguments of `torch.autocast`.
         mode: of `torch.compile`.
 
     Returns:
-        Whether the network is compiled; False, with a warning, where no compiler works.
+        True if the network is compiled; False, after a warning, where no compiler works.
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.compile(mode=mode)
@@ -85,12 +84,13 @@ def compile_network(
         objective(output).backward()
     except torch.OutOfMemoryError:
         raise
-    # A fault of the network itself is raised again by the first step.
-    except _NO_COMPILER as error:
-        model._compiled_call_impl = None  # the only way back from nn.Module.compile
+    # An error of the network itself is raised again by the first step.
+    except _COMPILER_ERRORS as error:
+        model._compiled_call_impl = None  # the only way to undo nn.Module.compile
         log.warning(
-            "not compiled, which trains slower: %s; install a C compiler, or give --no-compile",
-            str(error).strip().splitlines()[0],
+            "the network is not compiled and trains slower: %s; install a C compiler, or pass "
+            "--no-compile",
+            _first_line(error),
         )
         return False
     finally:
@@ -99,3 +99,7 @@ def compile_network(
             for name, value in model.state_dict().items():
                 value.copy_(before[name])
     return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""The device that a name stands for, its fast arithmetic, and its clock."""
+"""Devices by name, their fast arithmetic modes, and timestamps in their work."""
 
 from __future__ import annotations
 
@@ -17,33 +17,43 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """Returns the device of a name; None takes CUDA where there is one, else the CPU.
+    """Returns the device with a name.
+
+    Args:
+        name: cpu, cuda, cuda:N, mps, or auto (the same as None): CUDA if available, else the CPU.
 
     Raises:
-        UsageError: the name is unknown, or the device is not there.
+        UsageError: the name is unknown, or the device is not available.
     """
-    if name is None:
+    if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or mps") from error
+        raise UsageError(
+            f"unknown device {name!r}; expected auto, cpu, cuda, cuda:N or mps"
+        ) from error
     if device.type == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= there:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
             raise UsageError(
-                f"device {name!r} is not there: this machine has {there} CUDA devices that torch "
-                f"{torch.__version__} can use; give --device cpu, or install a CUDA build of torch"
+                f"device {name!r} is not available: this machine has {count} CUDA devices that "
+                f"torch {torch.__version__} can use; pass --device cpu, or install a CUDA build of "
+                "torch"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device 'mps' is not there: it needs macOS on Apple silicon")
+        raise UsageError(
+            "device 'mps' is not available: it needs macOS on Apple silicon; pass --device cpu"
+        )
     elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"device {name!r} is not supported; expected cpu, cuda, cuda:N or mps")
+        raise UsageError(
+            f"device {name!r} is not supported; expected auto, cpu, cuda, cuda:N or mps"
+        )
     return device
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy of a CPU tensor on a device, on CUDA without waiting for it."""
+    """Returns a copy of a CPU tensor on a device; on CUDA without waiting for the copy."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
@@ -53,15 +63,15 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 def fast_arithmetic(
     device: torch.device, *, tf32: bool = True, cudnn_benchmark: bool = True
 ) -> Generator[None]:
-    """Lets CUDA round float32 products to TF32 and time its convolution kernels, for a while.
+    """Enables TF32 and cuDNN autotuning on CUDA within a `with` block.
 
-    These switches belong to the whole process; they are put back at the end. Elsewhere than on
-    CUDA nothing changes.
+    The settings are global to the process and are restored at the end of the block. On other
+    devices nothing changes.
 
     Args:
         device: that will compute.
-        tf32: products with 10 bits of mantissa instead of 23.
-        cudnn_benchmark: pick the fastest convolution for each shape by trying.
+        tf32: compute float32 products with a mantissa of 10 bits instead of 23.
+        cudnn_benchmark: time cuDNN's convolution kernels and use the fastest for each shape.
     """
     if device.type != "cuda":
         yield
@@ -77,11 +87,11 @@ def fast_arithmetic(
         torch.set_float32_matmul_precision(before)
 
 
-class Moment:
-    """A point in a device's work; on CUDA an event in its stream, which nothing waits for.
+class Timestamp:
+    """The time at which a device reaches this point of its work.
 
-    Args:
-        device: whose work is timed.
+    On CUDA this is an event in the current stream, so that recording it waits for nothing;
+    elsewhere it is the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,8 +101,8 @@ class Moment:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record()
 
-    def seconds_since(self, earlier: Moment) -> float:
-        """Returns the seconds from an earlier moment to this one; waits for it on CUDA."""
+    def seconds_since(self, earlier: Timestamp) -> float:
+        """Returns the seconds between two timestamps; on CUDA waits for this one."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         self._event.synchronize()

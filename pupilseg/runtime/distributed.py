@@ -1,8 +1,9 @@
-"""Data-parallel training: the ranks that `torchrun` starts, and what they tell each other.
+"""Data-parallel training: the processes that `torchrun` starts, and their communication.
 
 Each rank trains on its share of every batch. Batch statistics, gradients and metrics are summed
-over the ranks, so that n ranks take the steps of one process with the same total batch. The
-networks have 26,000 weights: one sum of 100 KB a step, nothing to overlap or to shard.
+over the ranks, so that n ranks take the same steps as one process with the same total batch. The
+networks have 26,000 weights: gradients are one message of 100 KB per step, with nothing to overlap
+or to shard, which is why this is simpler than DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,15 +21,17 @@ from torch import nn
 from pupilseg.errors import ParallelError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 300
-"""Longest wait for another rank; a rank that was killed is noticed at once, by its socket."""
-PREPARE_S = 24 * 3600
+Prepared = TypeVar("Prepared")
+
+MESSAGE_TIMEOUT_S = 300
+"""Longest wait for another rank. A killed rank is noticed at once: its socket closes."""
+PREPARE_TIMEOUT_S = 24 * 3600
 """Longest wait for the first rank to download and materialize."""
 
 
@@ -37,8 +40,8 @@ class Ranks:
     """The processes of a job, seen from one of them.
 
     Attributes:
-        rank: of this process, from 0.
-        world_size: how many there are.
+        rank: of this process, counted from 0.
+        world_size: number of processes.
     """
 
     rank: int = 0
@@ -46,22 +49,22 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files, logs and tracks."""
+        """True in the process that writes files, logs and tracks."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replaces a tensor by its sum over the ranks; returns it.
+        """Replaces a tensor by its sum over the ranks and returns it.
 
         Raises:
             ParallelError: another rank ended.
         """
         if self.world_size > 1:
-            with _answered():
+            with _parallel_errors():
                 dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Returns whether the flag is set on any rank; does not wait for a device."""
+        """Returns True if the flag is set on any rank; does not wait for the device."""
         if self.world_size == 1:
             return flag
         return bool(self.sum_(torch.tensor(int(flag))).item())
@@ -80,31 +83,32 @@ class Ranks:
         """Returns this rank's part of a batch.
 
         Raises:
-            UsageError: the ranks would get parts of different size.
+            UsageError: the batch cannot be divided equally.
         """
         if batch_size % self.world_size:
             raise UsageError(
-                f"--batch-size {batch_size} is the total over all processes and not a multiple of "
-                f"their number, {self.world_size}; give a multiple"
+                f"--batch-size {batch_size} is the total over all processes and must be a multiple "
+                f"of their number, {self.world_size}"
             )
         return batch_size // self.world_size
 
-    def after_first(self, prepare: Any) -> Any:
-        """Calls a function on the first rank, then on the others, which then find its work done.
+    def after_first(self, prepare: Callable[[], Prepared]) -> Prepared:
+        """Calls a function on the first rank, and then on the others, which find its work done.
 
         Raises:
-            ParallelError: the first rank ended before it was done.
+            ParallelError: the first rank ended before the function returned.
         """
         if self.world_size == 1:
             return prepare()
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PREPARE_S))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=PREPARE_TIMEOUT_S))
         try:
-            done = prepare() if self.first else None
-            with _answered():
+            if self.first:
+                prepared = prepare()
+            with _parallel_errors():
                 dist.barrier(group)
         finally:
             dist.destroy_process_group(group)
-        return done if self.first else prepare()
+        return prepared if self.first else prepare()
 
 
 ALONE = Ranks()
@@ -112,16 +116,17 @@ ALONE = Ranks()
 
 @contextmanager
 def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
-    """Joins the job that `torchrun` started this process for; alone otherwise.
+    """Joins the job that `torchrun` started this process for, if it did.
 
     Args:
-        device: as asked for; "cuda" becomes the device of this rank.
+        device: as requested by the user; "cuda" becomes this rank's own device.
 
     Yields:
-        The ranks, and the device of this one.
+        The ranks and this rank's device; `ALONE` and `device` without torchrun.
 
     Raises:
-        UsageError: more ranks on this machine than CUDA devices, or one device named for all.
+        UsageError: this machine has more ranks than CUDA devices, or one device was named for all
+            ranks.
     """
     if not dist.is_torchelastic_launched():
         yield ALONE, device
@@ -129,9 +134,9 @@ def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
     if device.type == "cuda":
         device = _own_cuda(device)
         torch.cuda.set_device(device)
-    # gloo too on CUDA: what concerns the host alone should not wait for the device.
+    # gloo beside NCCL: messages about the host alone should not wait for the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=ANSWER_S))
+    dist.init_process_group(backend, timeout=timedelta(seconds=MESSAGE_TIMEOUT_S))
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     if not ranks.first:
         logging.getLogger("pupilseg").setLevel(logging.WARNING)
@@ -143,36 +148,36 @@ def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
 
 def _own_cuda(device: torch.device) -> torch.device:
     """Returns the CUDA device of this rank."""
-    local, there = dist.get_node_local_rank(), torch.cuda.device_count()
+    local, count = dist.get_node_local_rank(), torch.cuda.device_count()
     if str(device) != "cuda":
         raise UsageError(
-            f"--device {device} names one device for all processes of torchrun; give --device cuda"
+            f"--device {device} names one device for all processes of torchrun; pass --device cuda"
         )
-    if local >= there:
+    if local >= count:
         raise UsageError(
-            f"process {local} of this machine has no CUDA device of its own: there are {there}; "
-            f"give torchrun --nproc-per-node {there}"
+            f"process {local} of this machine has no CUDA device of its own: there are {count}; "
+            f"pass torchrun --nproc-per-node {count}"
         )
     return torch.device("cuda", local)
 
 
 @contextmanager
-def _answered() -> Generator[None]:
-    """Turns what gloo and NCCL raise when a rank is gone into words."""
+def _parallel_errors() -> Generator[None]:
+    """Converts the errors that gloo and NCCL raise for a lost rank into ParallelError."""
     try:
         yield
     except RuntimeError as error:
         raise ParallelError(
-            "another process of this job ended or stopped answering "
-            f"({str(error).splitlines()[0]}); look for its message above, then start the job "
-            "again with --resume"
+            "another process of this job ended or stopped responding "
+            f"({str(error).splitlines()[0]}); see its message above, then start the job again with "
+            "--resume"
         ) from error
 
 
-def synchronise_norms(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+def synchronize_norms(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     """Makes batch norms use the statistics of the whole batch, over all ranks.
 
-    Weights, statistics and their names stay as they are.
+    Weights, statistics and their names do not change.
     """
     if ranks.world_size == 1:
         return model
@@ -186,12 +191,16 @@ def synchronise_norms(model: nn.Module, ranks: Ranks, device: torch.device) -> n
 
 
 class RankedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all ranks, for devices that torch's SyncBatchNorm lacks.
+    """Batch norm over the batches of all ranks, for the CPU.
+
+    torch's SyncBatchNorm raises an error for CPU tensors. Without shared statistics a CPU job of n
+    processes would learn something else than one process does, and the tests, which have no GPU,
+    could not show that data-parallel training equals training alone.
 
     Every rank must have a batch of the same size.
 
     Args:
-        norm: whose weights and statistics it takes over.
+        norm: whose weights and statistics are copied.
         ranks: the processes of the job.
     """
 
@@ -206,11 +215,11 @@ class RankedBatchNorm(nn.BatchNorm2d):
         self._ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to the same shape."""
+        """Normalizes (N, C, H, W)."""
         if not self.training:
             return super().forward(x)
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        # float64: the variance is a difference of two squares here.
+        # float64, because the variance is computed as a difference of two squares.
         mean, var = mean.double(), var.double()
         moments = torch.stack([mean, var + mean.square()])
         moments = _Sum.apply(moments, self._ranks) / self._ranks.world_size
@@ -226,7 +235,7 @@ class RankedBatchNorm(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the ranks of a tensor, and of its gradient on the way back."""
+    """Sums a tensor over the ranks, and its gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:

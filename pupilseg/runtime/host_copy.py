@@ -1,8 +1,8 @@
-"""Copies of tensors on their way to the host, which nothing waits for until they are read."""
+"""Asynchronous copies of tensors to the host."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,73 +12,70 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Snapshot:
-    """What a tree of tensors holds at this moment.
+class HostCopy:
+    """The values that a tree of tensors has now, copied to the host without waiting for them.
 
-    Tensors on CUDA are joined, a vector a dtype, and copied into pinned memory without blocking:
-    600 small tensors of a training state make three copies. Those on the CPU are copied at once.
+    CUDA tensors are concatenated into one vector per dtype and copied to pinned memory without
+    blocking: the 600 small tensors of a training state need three copies. CPU tensors are copied
+    at once.
 
     Args:
-        tree: nested dicts and lists of tensors and plain values; only read.
+        tree: nested dicts and lists of tensors and plain values; not modified.
     """
 
     def __init__(self, tree: Any) -> None:
-        self._waiting: dict[torch.dtype, list[Tensor]] = {}
-        self._tree = _map(tree, self._take)
+        on_cuda: dict[torch.dtype, list[Tensor]] = {}
+
+        def take(tensor: Tensor) -> Tensor | _Position:
+            tensor = tensor.detach()
+            if not tensor.is_cuda:
+                return tensor.cpu().clone(memory_format=torch.contiguous_format)
+            tensors = on_cuda.setdefault(tensor.dtype, [])
+            tensors.append(tensor)
+            return _Position(tensor.dtype, len(tensors) - 1)
+
+        self._tree = _map_leaves(tree, torch.Tensor, take)
+        self._shapes = {
+            dtype: [tensor.shape for tensor in tensors] for dtype, tensors in on_cuda.items()
+        }
         self._copies: dict[torch.dtype, Tensor] = {}
-        self._copied: torch.cuda.Event | None = None
-        for dtype, tensors in self._waiting.items():
+        for dtype, tensors in on_cuda.items():
             joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
             self._copies[dtype] = torch.empty(joined.shape, dtype=dtype, pin_memory=True)
             self._copies[dtype].copy_(joined, non_blocking=True)
-        if self._waiting:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        self._shapes = {
-            dtype: [tensor.shape for tensor in tensors] for dtype, tensors in self._waiting.items()
-        }
-        self._waiting = {}
-
-    def _take(self, tensor: Tensor) -> Any:
-        tensor = tensor.detach()
-        if not tensor.is_cuda:
-            return tensor.cpu().clone(memory_format=torch.contiguous_format)
-        waiting = self._waiting.setdefault(tensor.dtype, [])
-        waiting.append(tensor)
-        return _Place(tensor.dtype, len(waiting) - 1)
+        self._done = torch.cuda.Event() if on_cuda else None
+        if self._done is not None:
+            self._done.record()
 
     def read(self) -> Any:
-        """Returns the tree with contiguous CPU tensors; waits for the copy if it is under way."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        parts = {
-            dtype: [
-                # A view would bring its whole storage along into every file.
-                part.view(shape).clone()
-                for part, shape in zip(
-                    copy.split([shape.numel() for shape in self._shapes[dtype]]),
-                    self._shapes[dtype],
-                    strict=True,
-                )
-            ]
-            for dtype, copy in self._copies.items()
-        }
-        return _map(self._tree, lambda place: parts[place.dtype][place.number], _Place)
+        """Returns the tree with contiguous CPU tensors; waits for the copy to finish."""
+        if self._done is not None:
+            self._done.synchronize()
+        tensors = {dtype: self._split(dtype) for dtype in self._copies}
+        return _map_leaves(
+            self._tree, _Position, lambda position: tensors[position.dtype][position.place]
+        )
+
+    def _split(self, dtype: torch.dtype) -> list[Tensor]:
+        shapes = self._shapes[dtype]
+        parts = self._copies[dtype].split([shape.numel() for shape in shapes])
+        # Cloned: torch.save would write a view's whole storage into every file.
+        return [part.view(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
 
 
-class _Place:
-    """Where a tensor's copy is to be found."""
+class _Position(NamedTuple):
+    """Which tensor of which vector stands at this place of the tree."""
 
-    def __init__(self, dtype: torch.dtype, number: int) -> None:
-        self.dtype, self.number = dtype, number
+    dtype: torch.dtype
+    place: int
 
 
-def _map(tree: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
-    """Returns a tree with its leaves of a type replaced."""
+def _map_leaves(tree: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Returns a tree with `change` applied to the leaves of a type; tuples become lists."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, dict):
-        return {key: _map(value, change, kind) for key, value in tree.items()}
+        return {key: _map_leaves(value, kind, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_map(value, change, kind) for value in tree]
+        return [_map_leaves(value, kind, change) for value in tree]
     return tree

@@ -1,56 +1,83 @@
-"""How much memory this process may fill: the machine's, or less in a container."""
+"""Host memory: how much this process may use, and how its allocator treats freed blocks."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from pathlib import Path
 
-_GROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_M_TRIM_THRESHOLD = -1  # parameter numbers of glibc's `malloc.h`
+_M_TOP_PAD = -2
+_M_MMAP_MAX = -4
+_INT_MAX = 2**31 - 1
+_TOP_PAD_BYTES = 64 << 20
 
 
 def host_memory() -> int:
-    """Returns the bytes of memory that this process, file cache included, may fill.
+    """Returns the bytes of memory that this process may use, its share of the page cache included.
 
-    That is the machine's memory, or the least limit of the control groups that the process is in:
-    a container's machine has more than the container may use.
+    This is the machine's memory, or the lowest limit of the control groups that the process
+    belongs to: a container usually may not use all of its machine's memory.
 
     Returns:
-        0 where the system does not tell.
+        0 where the operating system does not report its memory.
     """
     try:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):
         return 0
-    return min([machine, *_limits()])
+    return min([machine, *_cgroup_limits()])
 
 
-def _limits() -> list[int]:
-    """Returns the limits in bytes of this process's control groups, of either version.
+def _cgroup_limits() -> list[int]:
+    """Returns the memory limits, in bytes, of this process's control groups, version 1 or 2.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
     """
     try:
-        lines = _OWN_GROUPS.read_text(encoding="ascii").splitlines()
+        lines = _OWN_CGROUPS.read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    found = []
+    limits = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if not controllers:  # version 2
+            mount, name = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
             continue
-        mount, name = (
-            (_GROUPS / "memory", "memory.limit_in_bytes")
-            if controllers
-            else (_GROUPS, "memory.max")
-        )
-        # In a container the path may be the host's; its own group is then the mount itself.
+        # In a container, the path may be the host's while the mount is the container's own group.
         group = Path(path.lstrip("/"))
         for level in (group, *group.parents):
             try:
                 text = (mount / level / name).read_text(encoding="ascii").strip()
             except OSError:
                 continue
-            if text.isdigit():  # otherwise "max"
-                found.append(int(text))
-    return found
+            if text.isdigit():  # "max" means no limit
+                limits.append(int(text))
+    return limits
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed memory in this process instead of returning it to the kernel.
+
+    A training step frees and allocates several hundred MB. Each page that was returned costs a
+    page fault and is zeroed again in the next step. With the memory kept, an epoch on two cores
+    takes 2.3 s instead of 2.8 s (docs/benchmarks.md). The process never shrinks again.
+
+    Returns:
+        Whether the setting took effect; False on C libraries other than glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = {
+        _M_MMAP_MAX: 0,
+        _M_TRIM_THRESHOLD: _INT_MAX,
+        _M_TOP_PAD: _TOP_PAD_BYTES,
+    }
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal and in a notebook, nowhere else."""
+"""Progress bars, shown in terminals and notebooks only."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def progress_bar(
     total: int | None = None,
     show: bool = True,
 ) -> tqdm[Any]:
-    """Returns a bar that shows only where somebody may watch it: not in a log file.
+    """Returns a progress bar that is hidden when the output goes to a file.
 
     Args:
-        iterable: what is worked through; None for a bar that is updated by hand.
-        description: stands in front.
-        unit: of what is counted.
-        total: how many there are, where `iterable` does not say.
-        show: False for none at all.
+        iterable: None for a bar that is updated by hand.
+        description: shown in front of the bar.
+        unit: name of one item.
+        total: number of items, if `iterable` has no length.
+        show: False hides the bar everywhere.
     """
-    # A notebook's streams are no terminals, but its page follows carriage returns as one does.
+    # A notebook's streams are not terminals, but its page handles carriage returns like one.
     notebook = type(sys.stderr).__module__.startswith("ipykernel.")
     return tqdm(
         iterable,
         description,
         total,
         leave=False,
-        file=sys.stdout if notebook else sys.stderr,  # stderr is shown as a fault there
+        file=sys.stdout if notebook else sys.stderr,  # notebooks show stderr as an error
         mininterval=0.5 if notebook else 0.1,  # each update is a message to the browser
         dynamic_ncols=True,
         disable=not show or (None if not notebook else False),

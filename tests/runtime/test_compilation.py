@@ -1,4 +1,4 @@
-"""Compiling in place: no renamed weights, no trace of the trial, a way on without a compiler."""
+"""In-place compilation: names and values are unchanged; without a compiler training continues."""
 
 import copy
 import os
@@ -40,22 +40,22 @@ def compiled():
     return model, before, image, expected, (done, graphs)
 
 
-def test_it_is_compiled_and_computes_the_same(compiled):
+def test_a_compiled_network_computes_the_same(compiled):
     model, _, image, expected, found = compiled
     assert found == (True, 1)
     torch.testing.assert_close(model(image).detach(), expected)
-    assert counters["stats"]["unique_graphs"] == 1  # the step uses what the trial compiled
+    assert counters["stats"]["unique_graphs"] == 1  # the step reuses the graph of the trial run
 
 
-def test_names_and_values_stay(compiled):
+def test_names_and_values_do_not_change(compiled):
     model, before, *_ = compiled
     assert list(model.state_dict()) == list(before)  # no "_orig_mod."
     weight = "conv.0.weight"
     assert torch.equal(model.state_dict()[weight], before[weight])
 
 
-def test_the_trial_leaves_no_trace():
-    """Neither gradients nor batch statistics, which would make compiled runs other runs."""
+def test_the_trial_run_has_no_side_effects():
+    """No gradients and no batch statistics; otherwise compiled runs would differ from eager ones."""
     model = TokenMixing(1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     compile_network(model, torch.rand(2, 1, 8, 8), torch.sum, OFF, mode="default")
@@ -63,8 +63,8 @@ def test_the_trial_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
-    """A fresh process and cache: Inductor remembers compilers and kernels."""
+def test_without_a_compiler_it_warns_once_and_continues(tmp_path):
+    """In a fresh process and cache, because Inductor caches compilers and kernels."""
     environment = {
         **os.environ,
         "CXX": "/nowhere/g++",
@@ -82,7 +82,7 @@ def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "False (2, 1, 8, 8)\n"
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("not compiled")]
+    warnings = [line for line in done.stderr.splitlines() if "is not compiled" in line]
     assert len(warnings) == 1
-    assert "install a C compiler, or give --no-compile" in warnings[0]
+    assert "install a C compiler, or pass --no-compile" in warnings[0]
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Two processes train as one, and none of them waits for ever."""
+"""Two processes train like one, and none waits forever for another."""
 
 import csv
 import os
@@ -14,19 +14,18 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pupilseg.errors import ParallelError, UsageError
-from pupilseg.runtime.distributed import ALONE, RankedBatchNorm, Ranks, synchronise_norms
-from pupilseg.shards import write_shards
+from pupilseg.runtime.distributed import ALONE, RankedBatchNorm, Ranks, synchronize_norms
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
-from tests.train.test_loop import Eyes
+from tests.helpers.training import write_eyes
 
 CPU = torch.device("cpu")
 
-# What the ranks tell each other
+# Communication between ranks
 
 
 def in_ranks(function, folder, *arguments, world_size=2):
-    """Runs function(ranks, *arguments) in processes; returns what each gave."""
+    """Runs function(ranks, *arguments) in `world_size` processes; returns their results."""
     mp.spawn(_rank, (world_size, folder, function, arguments), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
@@ -57,7 +56,7 @@ def _messages(ranks):
     }
 
 
-def test_what_ranks_tell_each_other(tmp_path):
+def test_ranks_exchange_values(tmp_path):
     for rank, found in enumerate(in_ranks(_messages, tmp_path)):
         assert found["sum"].tolist() == [2, 1]
         assert (found["one"], found["none"]) == (True, False)
@@ -66,7 +65,7 @@ def test_what_ranks_tell_each_other(tmp_path):
         assert found["done"] == [rank]
 
 
-def test_a_process_alone_talks_to_nobody():
+def test_a_single_process_communicates_with_none():
     weight = nn.Parameter(torch.zeros(1))
     weight.grad = torch.ones(1)
     ALONE.average_gradients([weight])
@@ -76,22 +75,24 @@ def test_a_process_alone_talks_to_nobody():
     assert not ALONE.any(False)
     assert ALONE.after_first(lambda: 5) == 5
     model = nn.Sequential(nn.BatchNorm2d(2))
-    assert type(synchronise_norms(model, ALONE, CPU)[0]) is nn.BatchNorm2d
+    assert type(synchronize_norms(model, ALONE, CPU)[0]) is nn.BatchNorm2d
 
 
-def test_batches_that_cannot_be_shared_are_refused():
-    with pytest.raises(UsageError, match=r"--batch-size 7 .* not a multiple of their number, 2"):
+def test_batches_that_cannot_be_divided_are_refused():
+    with pytest.raises(
+        UsageError, match=r"--batch-size 7 .* must be a multiple of their number, 2"
+    ):
         Ranks(0, 2).share_of(7)
 
 
-def _normalise(ranks, image, upstream):
+def _normalize(ranks, image, upstream):
     """Forward, backward and statistics of a batch norm over this rank's half."""
     torch.manual_seed(1)
     norm = nn.BatchNorm2d(3)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.uniform_(-1, 1)
-    model = synchronise_norms(nn.Sequential(norm), ranks, CPU)
+    model = synchronize_norms(nn.Sequential(norm), ranks, CPU)
     image = image[ranks.rank :: ranks.world_size].clone().requires_grad_()
     out = model(image)
     (out * upstream[ranks.rank :: ranks.world_size]).sum().backward()
@@ -105,13 +106,13 @@ def _normalise(ranks, image, upstream):
     }
 
 
-def test_batch_norm_over_two_ranks_is_that_over_all_frames(tmp_path):
-    """Against torch's own over the whole batch, with a mean that float32 squares badly."""
+def test_batch_norm_over_two_ranks_equals_one_over_all_frames(tmp_path):
+    """Compared with torch's own, at a mean whose square float32 represents badly."""
     torch.manual_seed(0)
     image = torch.randn(4, 3, 5, 7) * 0.1 + torch.tensor([0.0, 30.0, -5.0])[:, None, None]
     upstream = torch.randn_like(image)
-    whole = _normalise(ALONE, image, upstream)
-    parts = in_ranks(_normalise, tmp_path, image, upstream)
+    whole = _normalize(ALONE, image, upstream)
+    parts = in_ranks(_normalize, tmp_path, image, upstream)
     assert not whole["kind"]
     for rank, part in enumerate(parts):
         assert part["kind"]
@@ -135,7 +136,7 @@ def _leave(ranks):
     return "no error"
 
 
-def test_a_rank_that_left_is_an_error_in_words(tmp_path):
+def test_a_lost_rank_raises_a_readable_error(tmp_path):
     mp.spawn(_rank, (2, tmp_path, _leave, ()), nprocs=2)
     message = torch.load(tmp_path / "0.pt")
     assert "another process of this job ended" in message
@@ -147,12 +148,8 @@ def test_a_rank_that_left_is_an_error_in_words(tmp_path):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A data directory as the scripts leave it: 8 frames, 3 for validation."""
-    path = tmp_path_factory.mktemp("shards")
-    eyes = Eyes(train=8, validation=3)
-    for split in ("train", "validation"):
-        write_shards(eyes, split, path / split)
-    return path
+    """Shards of 8 training and 3 validation frames."""
+    return write_eyes(tmp_path_factory.mktemp("shards"), train=8, validation=3)
 
 
 def command(shards, out, *flags, ranks=2, model="efficientvit_tiny"):
@@ -176,12 +173,12 @@ def history(out, model="efficientvit_tiny"):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("model", ["efficientvit_tiny", "ellipse"])
-def test_two_processes_come_to_what_one_comes_to(shards, tmp_path, model):
-    """Rounding differs, and grows from step to step: 4 steps at a tenth of the usual rate."""
+def test_two_processes_give_the_results_of_one(shards, tmp_path, model):
+    """Rounding differences grow with each step: 4 steps at a tenth of the usual learning rate."""
     for ranks, name in ((1, "one"), (2, "two")):
         done = run(command(shards, tmp_path / name, "--epochs", "2", ranks=ranks, model=model))
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("epoch ") == 2  # the first rank tells, the other is silent
+        assert done.stdout.count("epoch ") == 2  # only the first rank prints
         assert done.stdout.count("best: ") == 1
         assert done.stderr.count("configuration: ") == 1
         assert done.stderr.count("not tracked") == 1
@@ -197,7 +194,7 @@ def test_two_processes_come_to_what_one_comes_to(shards, tmp_path, model):
 
 
 @pytest.mark.integration
-def test_a_job_goes_on_with_another_number_of_processes(shards, tmp_path):
+def test_a_job_resumes_with_another_number_of_processes(shards, tmp_path):
     done = run(command(shards, tmp_path / "whole", "--epochs", "2", ranks=1))
     assert done.returncode == 0, done.stderr
     with Program(command(shards, tmp_path / "parts", "--epochs", "2"), ROOT) as job:
@@ -227,9 +224,9 @@ def test_a_killed_rank_ends_the_job_with_a_message(shards, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_batch_that_cannot_be_shared_ends_the_job_without_a_traceback_of_ours(shards, tmp_path):
+def test_a_batch_that_cannot_be_divided_ends_the_job_without_our_traceback(shards, tmp_path):
     done = run(command(shards, tmp_path / "out", "--batch-size", "3"))
     assert done.returncode != 0
     assert "error: --batch-size 3 is the total over all processes" in done.stderr
-    assert f'File "{ROOT}/pupilseg' not in done.stderr  # torchrun prints one of its own
+    assert f'File "{ROOT}/pupilseg' not in done.stderr  # torchrun prints its own traceback
     assert not (tmp_path / "out").exists()

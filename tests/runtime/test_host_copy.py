@@ -1,9 +1,9 @@
-"""Copies of tensors for the host: as they were at that moment, each in storage of its own."""
+"""Host copies hold the values at the time of the copy, each tensor in its own storage."""
 
 import pytest
 import torch
 
-from pupilseg.runtime.host_copy import Snapshot
+from pupilseg.runtime.host_copy import HostCopy
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -20,12 +20,12 @@ def tree_on(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_it_holds_what_was_there_when_it_was_taken(device):
+def test_later_changes_do_not_reach_the_copy(device):
     tree = tree_on(device)
-    snapshot = Snapshot(tree)
+    copy = HostCopy(tree)
     for tensor in (tree["kernel"], tree["nested"][0]["count"], tree["host"]):
         tensor.zero_()
-    read = snapshot.read()
+    read = copy.read()
     assert torch.equal(read["kernel"], torch.arange(24.0).view(2, 3, 2, 2))
     assert read["nested"][0]["count"] == 7
     assert list(read["nested"][1]) == [1.5, "text", None]
@@ -35,26 +35,26 @@ def test_it_holds_what_was_there_when_it_was_taken(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_each_tensor_is_contiguous_on_the_cpu_and_alone_in_its_storage(device):
-    read = Snapshot(tree_on(device)).read()
+def test_each_tensor_is_contiguous_on_the_cpu_and_owns_its_storage(device):
+    read = HostCopy(tree_on(device)).read()
     for tensor in (read["kernel"], read["flag"], read["host"]):
         assert tensor.device.type == "cpu"
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def test_gradients_do_not_come_along():
+def test_copies_do_not_require_gradients():
     weight = torch.ones(2, requires_grad=True)
-    assert not Snapshot({"weight": weight}).read()["weight"].requires_grad
+    assert not HostCopy({"weight": weight}).read()["weight"].requires_grad
 
 
 @pytest.mark.gpu
-def test_taking_one_waits_for_nothing():
+def test_making_a_copy_waits_for_nothing():
     tree = tree_on("cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        snapshot = Snapshot(tree)
+        copy = HostCopy(tree)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert snapshot.read()["flag"].tolist() == [True, False]
+    assert copy.read()["flag"].tolist() == [True, False]

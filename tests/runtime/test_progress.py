@@ -1,4 +1,4 @@
-"""Bars are for eyes: none in a file. In a notebook: tests/notebook/test_notebooks.py."""
+"""Progress bars are hidden in files. For notebooks see tests/notebook/test_notebooks.py."""
 
 import io
 import sys
@@ -20,7 +20,7 @@ class Screen(io.StringIO):
 @pytest.mark.parametrize(
     ("terminal", "show", "seen"), [(True, True, True), (True, False, False), (False, True, False)]
 )
-def test_where_bars_show(monkeypatch, terminal, show, seen):
+def test_bars_are_shown_on_terminals_only(monkeypatch, terminal, show, seen):
     screen = Screen(terminal=terminal)
     monkeypatch.setattr(sys, "stderr", screen)
     assert list(progress_bar(range(3), "working", unit="step", show=show)) == [0, 1, 2]
