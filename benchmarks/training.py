@@ -1,10 +1,10 @@
-"""Where the time of training goes: seconds an epoch, frames/s, the share outside the network.
+"""Training speed: seconds per epoch, frames/s, and the share of time outside the network.
 
 python -m benchmarks.training [--frames 64] [--rounds 5] [--batch-size 8] [--device cpu]
 python -m benchmarks.training --to-iou 0.95 --frames 8916 [--model efficientvit]
 
-Whole epochs of the engine and bare forward and backward passes over as many batches take turns, so
-that a slow spell of the machine hits both. Frames are rendered eyes.
+Whole epochs of the training loop alternate with bare forward and backward passes over the same
+number of batches, so that a slow phase of the machine affects both. Frames are rendered eyes.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from pupilseg.cli.program import main_program, positive_int
 from pupilseg.loader.loader import Batch, make_loader
 from pupilseg.models import list_models
 from pupilseg.prepare import ensure_shards
-from pupilseg.runtime.allocator import keep_freed_memory
 from pupilseg.runtime.device import find_device
+from pupilseg.runtime.memory import keep_freed_memory
 from pupilseg.shards import open_shards
 from pupilseg.train.config import TrainConfig
 from pupilseg.train.loop import train_epoch
 from pupilseg.train.metrics import predicted_mask
 from pupilseg.train.session import train
-from pupilseg.train.state import Run
+from pupilseg.train.state import TrainState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 def clock(device: torch.device) -> float:
-    """Returns the seconds on a clock, after the device has done what it was given."""
+    """Returns a clock's seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Returns how long a piece of work takes."""
+    """Returns the duration of some work."""
     started = clock(device)
     work()
     return clock(device) - started
 
 
 def cloned(batch: Batch) -> Batch:
-    """Returns a batch with buffers of its own: a loader's are overwritten."""
+    """Returns a copy of a batch, because a loader overwrites its buffers."""
     names = ("image", "label", "spatial_weights", "dist_map", "ellipse", "index")
     return Batch(**{name: getattr(batch, name).clone() for name in names})
 
 
-def parts_of(training: Run, batch: Batch) -> dict[str, Callable[[], object]]:
-    """Returns the pieces of a step, each to be timed on its own."""
+def parts_of(training: TrainState, batch: Batch) -> dict[str, Callable[[], object]]:
+    """Returns the parts of a training step, to be timed separately."""
     image = batch.image.contiguous(memory_format=training.memory_format)
     alpha = training.alphas[0]
     training.model.train()
@@ -67,17 +67,17 @@ def parts_of(training: Run, batch: Batch) -> dict[str, Callable[[], object]]:
         training.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(**training.autocast):
             output = training.model(image)
-        training.criterion(output, batch, alpha)["loss"].backward()
+        training.loss(output, batch, alpha)["loss"].backward()
 
     network()
     with torch.no_grad():
         output = training.model(image)
-        losses = training.criterion(output, batch, alpha)
+        losses = training.loss(output, batch, alpha)
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), training.config.clip)
         training.optimizer.step()
-        training.averaged.update()
+        training.average.update()
 
     config = training.config.augment
     assert config is not None
@@ -92,7 +92,7 @@ def parts_of(training: Run, batch: Batch) -> dict[str, Callable[[], object]]:
 
 
 def measure(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
-    """Prints the rows of one network."""
+    """Prints the measurements of one network."""
     device = find_device(args.device)
     config = TrainConfig(model=name, batch_size=args.batch_size, epochs=args.rounds + 1)
     with (
@@ -108,10 +108,10 @@ def measure(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
     ):
         steps = len(loader)
         frames = steps * args.batch_size
-        training = Run(config, device, steps * config.epochs, card={})
+        training = TrainState(config, device, steps * config.epochs)
         if device.type == "cuda" and not args.no_compile:
             training.model.compile(mode="max-autotune")
-        train_epoch(training, loader)  # first uses: memory, threads, compilers
+        train_epoch(training, loader)  # warm-up of memory, threads and compilers
         batch = cloned(next(iter(loader)))
         parts = parts_of(training, batch)
         whole: list[float] = []
@@ -135,8 +135,8 @@ def measure(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
         f"{frames / epoch:.1f} frames/s"
     )
     for part, times in alone.items():
-        print(f"  {part:26} {1000 * statistics.median(times) / frames:8.3f} ms a frame")
-    print(f"  {'waiting for data':26} {1000 * waited / frames:8.3f} ms a frame")
+        print(f"  {part:26} {1000 * statistics.median(times) / frames:8.3f} ms per frame")
+    print(f"  {'waiting for data':26} {1000 * waited / frames:8.3f} ms per frame")
     print(
         f"  outside forward and backward: {100 * statistics.median(ratio):.1f} % "
         f"(from {100 * min(ratio):.1f} to {100 * max(ratio):.1f})"
@@ -144,13 +144,13 @@ def measure(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
 
 
 def until(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
-    """Trains, and prints after how many seconds of training a validation IoU is reached."""
+    """Trains until a validation IoU is reached and prints the training time."""
     device = find_device(args.device)
     config = TrainConfig(model=name, batch_size=args.batch_size, compile=not args.no_compile)
     total = {"train": 0.0, "all": 0.0}
     reached = False
 
-    def tell(row: dict[str, float]) -> None:
+    def print_epoch(row: dict[str, float]) -> None:
         nonlocal reached
         total["train"] += row["train_seconds"]
         total["all"] += row["train_seconds"] + row["valid_seconds"]
@@ -169,7 +169,7 @@ def until(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
             Path(out),
             device=device,
             limit=args.frames,
-            on_epoch=tell,
+            on_epoch=print_epoch,
             stop=lambda: reached,
         )
 
@@ -184,14 +184,14 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--to-iou", type=float, help="train until this validation pupil IoU")
-    parser.add_argument("--data-dir", type=Path, help="keeps the rendered eyes for another time")
+    parser.add_argument("--data-dir", type=Path, help="directory that keeps the rendered eyes")
     args = parser.parse_args()
     if find_device(args.device).type == "cpu":
         keep_freed_memory()  # as the training programs do
     print(machine_line("torch", "numpy"))
     print(f"device {find_device(args.device)}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as temporary:
-        # A fifth of the rendered frames is for validation.
+        # A fifth of the rendered frames are validation frames.
         shards = ensure_shards(
             args.data_dir or temporary, f"synthetic:{-(-args.frames * 5 // 4)}", progress=False
         )

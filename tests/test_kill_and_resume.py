@@ -1,4 +1,4 @@
-"""A run that is killed again and again comes to what an undisturbed one comes to, byte for byte."""
+"""A run that is killed repeatedly gives the same bytes as an undisturbed one."""
 
 import csv
 import os
@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from pupilseg.model_files.checkpoint import load_tensors
-from pupilseg.shards import write_shards
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
+from tests.helpers.training import write_eyes
 from tests.helpers.victim import Victim
-from tests.train.test_loop import Eyes
 
 pytestmark = pytest.mark.integration
 
@@ -27,12 +26,8 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Shards of a few frames: an epoch of two steps takes some tenths of a second."""
-    path = tmp_path_factory.mktemp("data")
-    eyes = Eyes(train=4, validation=2)
-    for split in ("train", "validation"):
-        write_shards(eyes, split, path / split)
-    return path
+    """Shards of a few frames: an epoch of two steps takes a few tenths of a second."""
+    return write_eyes(tmp_path_factory.mktemp("data"), train=4, validation=2)
 
 
 def line(data_dir, out, *flags, epochs=EPOCHS):
@@ -49,12 +44,12 @@ def resume_flag(out):
 
 
 def whole_epochs(out):
-    """Returns the epoch of the training state on disk, 0 without one."""
+    """Returns the number of finished epochs according to the training state on disk."""
     return load_tensors(out / STATE)["epoch"] if (out / STATE).exists() else 0
 
 
 def files_of(out):
-    """Returns every file but the state as bytes, and of the state what training goes on from."""
+    """Returns all files except the state as bytes, and the state's content."""
     state = load_tensors(out / STATE)
     return {p.name: p.read_bytes() for p in out.iterdir() if p.name != STATE}, state
 
@@ -67,7 +62,7 @@ def run(command):
 
 @pytest.fixture(scope="module")
 def undisturbed(data_dir, tmp_path_factory):
-    """Files of a run that nobody stopped, and the seconds of its start and of an epoch."""
+    """Output directory of an undisturbed run, and the seconds of its start and of an epoch."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     with Program(line(data_dir, out), ROOT) as program:
         started = time.monotonic()
@@ -80,7 +75,7 @@ def undisturbed(data_dir, tmp_path_factory):
 
 
 def same(first, second):
-    """Asserts that two output directories are those of the same run."""
+    """Asserts that two output directories hold the same results."""
     (files, state), (others, other) = files_of(first), files_of(second)
     assert sorted(files) == sorted(others)
     for name, content in files.items():
@@ -92,17 +87,15 @@ def same(first, second):
     assert state["rows"].equal(other["rows"])
 
 
-def test_sigkill_at_random_moments_costs_the_epoch_under_way_and_nothing_else(
-    data_dir, undisturbed, tmp_path
-):
+def test_sigkill_at_random_moments_costs_only_the_current_epoch(data_dir, undisturbed, tmp_path):
     whole, start_s, epoch_s = undisturbed
     out = tmp_path / "out"
     rng = np.random.default_rng(3)
     kills = in_epochs = 0
     while kills < KILLS:
-        before, told = whole_epochs(out), 0
+        before, reported = whole_epochs(out), 0
         with Program(line(data_dir, out, *resume_flag(out)), ROOT) as program:
-            # Now and then before the first epoch's end, mostly within the first two after it.
+            # Sometimes before the first epoch ends, mostly within two epochs after it.
             if rng.random() < 0.2:
                 time.sleep(rng.uniform(0, start_s))
             else:
@@ -111,10 +104,10 @@ def test_sigkill_at_random_moments_costs_the_epoch_under_way_and_nothing_else(
                 time.sleep(rng.uniform(0, 2 * epoch_s))
             program.kill_all()
             kills += 1
-            told = program.text.count("\nepoch ") + program.text.startswith("epoch ")
+            reported = program.text.count("\nepoch ") + program.text.startswith("epoch ")
         after = whole_epochs(out)
-        assert after >= before + told  # what was told is on disk
-        assert after <= before + told + 1
+        assert after >= before + reported  # every reported epoch is on disk
+        assert after <= before + reported + 1
         in_epochs += after < EPOCHS
         if after == EPOCHS:
             same(out, whole)
@@ -127,7 +120,7 @@ def test_sigkill_at_random_moments_costs_the_epoch_under_way_and_nothing_else(
 
 TRAIN = """
 import sys
-import torch._dynamo  # which the optimizer would import, a second in each run
+import torch._dynamo  # otherwise the optimizer imports it, a second in each run
 from pipeline import train
 
 def run(folder):
@@ -138,7 +131,7 @@ def run(folder):
 
 
 def test_a_kill_before_each_change_to_a_file(data_dir, tmp_path):
-    """Every state of its files that a kill can leave, one after another."""
+    """Goes through every state of the files that a kill can leave."""
     words = line(data_dir, tmp_path, epochs=2)[3:]
     del words[words.index("--out") : words.index("--out") + 2]
     with Victim(f"STATE, LINE = {STATE!r}, {words}" + TRAIN) as victim:
@@ -161,14 +154,14 @@ def test_ctrl_c_ends_the_epoch_with_a_checkpoint(data_dir, undisturbed, tmp_path
     assert "finishing this epoch, then stopping" in text
     assert "Traceback" not in text
     stopped = whole_epochs(out)
-    assert f"interrupted after epoch {stopped}; go on with --resume" in text
+    assert f"interrupted after epoch {stopped}; continue with --resume" in text
     assert text.count("\nepoch ") == stopped
     run(line(data_dir, out, "--resume"))
     same(out, undisturbed[0])
 
 
 def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
-    """A state of the last whole epoch is there."""
+    """The state of the last whole epoch exists."""
     out = tmp_path / "out"
     with Program(line(data_dir, out, epochs=500), ROOT) as program:
         program.wait_for("epoch   1/")
@@ -181,8 +174,8 @@ def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
     assert whole_epochs(out) >= 1
 
 
-def test_ctrl_c_before_the_first_epoch_is_over(data_dir, tmp_path):
-    """Twice, since the first one waits for the epoch: there is nothing to resume then."""
+def test_ctrl_c_before_the_first_epoch_ends(data_dir, tmp_path):
+    """Pressed twice, because the first one finishes the epoch; there may be nothing to resume."""
     out = tmp_path / "out"
     with Program(line(data_dir, out), ROOT) as program:
         program.wait_for("configuration: ")
@@ -200,8 +193,8 @@ def test_ctrl_c_before_the_first_epoch_is_over(data_dir, tmp_path):
         assert "nothing to resume" in done.stderr
 
 
-def test_a_moved_run_goes_on_elsewhere_with_its_best_model(data_dir, undisturbed, tmp_path):
-    """`--resume FILE --output-dir ELSEWHERE`: the best model so far comes along."""
+def test_a_moved_run_resumes_elsewhere_with_its_best_model(data_dir, undisturbed, tmp_path):
+    """`--resume FILE --output-dir ELSEWHERE` writes the best model so far to the new folder."""
     first, second = tmp_path / "first", tmp_path / "second"
     with Program(line(data_dir, first), ROOT) as program:
         program.wait_for("epoch   5/")

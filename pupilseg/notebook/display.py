@@ -18,7 +18,7 @@ from pupilseg.notebook.colab import download, in_colab
 from pupilseg.pictures import compare, encode, sheet
 from pupilseg.shards import open_shards
 from pupilseg.sources import SPLITS
-from pupilseg.train.history import epoch_line
+from pupilseg.train.checkpoints import epoch_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a tracked run shows beside its numbers: curves, sample predictions, the ONNX file."""
+"""Files of a tracked run besides its metrics: curves, sample predictions, the ONNX file."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHOWN = 6
-"""Validation frames on the sheet, in two columns."""
+SAMPLES = 6
+"""Validation frames in predictions.png."""
 
 
 def make_artifacts(
     model_file: Path, history_file: Path, validation: ShardSet, folder: Path
 ) -> Iterator[Path]:
-    """Writes what shows how a run went, and yields each file once it is there.
+    """Writes the files and yields the path of each once it exists.
 
-    What cannot be made (a package is missing, say) is told in the log and left out: the run is
-    over, and its checkpoints are written.
+    A file that cannot be written, because a package is missing for example, is skipped with a
+    warning: the run has finished, and its checkpoints are complete.
 
     Args:
         model_file: the best model.
-        history_file: a row an epoch.
-        validation: frames to show predictions on.
-        folder: gets curves.png, predictions.png and an ONNX file named as the model.
+        history_file: CSV with one row per epoch.
+        validation: frames for sample predictions.
+        folder: receives curves.png, predictions.png and an ONNX file named after the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in (
@@ -58,7 +58,7 @@ def _made(make: Callable[[Path], None], path: Path) -> bool:
     try:
         make(path)
     except PupilSegError as error:
-        log.warning("no %s for this run: %s", path.name, error)
+        log.warning("%s is missing from this run: %s", path.name, error)
         return False
     return True
 
@@ -76,9 +76,9 @@ def _write_onnx(model_file: Path, validation: ShardSet, path: Path) -> None:
 
 
 def _write_predictions(model_file: Path, validation: ShardSet, path: Path) -> None:
-    """Draws outlines of label (green) and prediction (red) on frames from all over the split."""
+    """Draws outlines of label (green) and prediction (red) on frames spread over the split."""
     model = load_model(model_file)
-    count = min(SHOWN, len(validation))
+    count = min(SAMPLES, len(validation))
     tiles = []
     for index in np.linspace(0, len(validation) - 1, count).round().astype(int):
         sample = validation.sample(int(index))

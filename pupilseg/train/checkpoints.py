@@ -1,17 +1,20 @@
-"""What a run leaves behind: checkpoints, training state, history, and a row told for each epoch."""
+"""Writes a run's checkpoints, training state and history, and reports each epoch."""
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import UsageError
-from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, save_model, save_state
-from pupilseg.train.history import write_history
+from pupilseg.files import atomic_path
+from pupilseg.model_files.card import ModelCard
+from pupilseg.model_files.checkpoint import save_model, save_state
+from pupilseg.models import model_entry
+from pupilseg.runtime.host_copy import HostCopy
 from pupilseg.train.losses import alpha_schedule
 from pupilseg.train.metrics import scores
-from pupilseg.train.optim import learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,189 +22,211 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pupilseg.runtime.device import Moment
-    from pupilseg.runtime.host_copy import Snapshot
-    from pupilseg.train.state import Run
+    from pupilseg.runtime.device import Timestamp
+    from pupilseg.train.state import TrainState
+
+DEFERRED_EVERY = 10
+"""Epochs between two written states when metrics are deferred."""
 
 
-class RunFiles:
-    """Turns snapshots of a run into files and rows, on the host.
+class CheckpointWriter:
+    """Writes the files of a run and reports its epochs.
 
-    On other ranks than the first it keeps the rows and writes nothing.
+    `queue` starts a copy of the training state to the host. On CUDA it is written while the next
+    epoch runs, so that nothing waits for the device; elsewhere it is written at once. On ranks
+    other than the first, the history is kept and no file is written.
 
     Args:
-        run: whose files they are.
-        output_dir: gets the files of `CHECKPOINT_NAMES`.
-        on_epoch: called with each epoch's row and its seconds.
-        on_file: called with each numbered checkpoint.
+        state: of the run.
+        output_dir: receives the files that the network's `ModelEntry` names.
+        on_epoch: called with each epoch's history row and its train_seconds and valid_seconds.
+        on_file: called with the path of each numbered checkpoint.
 
     Attributes:
-        history: rows of the epochs written so far.
+        history: one row per epoch read from the device so far.
         best: the row with the highest validation mIoU.
     """
 
     def __init__(
         self,
-        run: Run,
+        state: TrainState,
         output_dir: Path,
-        on_epoch: Callable[[dict[str, float]], None] | None,
-        on_file: Callable[[Path], None] | None,
+        on_epoch: Callable[[dict[str, float]], None] | None = None,
+        on_file: Callable[[Path], None] | None = None,
     ) -> None:
-        self._run, self._output_dir = run, output_dir
-        self._on_epoch, self._on_file = on_epoch, on_file
-        self._names = CHECKPOINT_NAMES[run.config.model]
-        self._reported = 0
-        self._saved_best = 0.0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
-        self._moments: dict[int, Sequence[Moment]] = {}
-        self._waiting: Snapshot | None = None
+        self._state = state
+        self._output_dir = output_dir
+        self._on_epoch = on_epoch
+        self._on_file = on_file
+        self._entry = model_entry(state.config.model)
+        self._queued: HostCopy | None = None
+        self._laps: dict[int, Sequence[Timestamp]] = {}
+        self._reported = 0
+        self._saved_best = 0.0
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to go on from yet."""
-        return not self.history and self._waiting is None
+        """True while there is no epoch to resume from."""
+        return not self.history and self._queued is None
 
     @property
     def best_file(self) -> Path:
-        """Where the best model goes."""
-        return self._output_dir / self._names.best
+        """Path of the best model."""
+        return self._output_dir / self._entry.best_file
 
-    def take_up(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind a training state; brings its best model along if that is not here."""
-        self._read_rows(state)
-        self._reported = state["reported"]
-        if self._run.ranks.first and not self.best_file.exists():
-            self._save_best(state)
+    def resume(self, path: Path) -> None:
+        """Restores the run from a training state; writes its best model if it is missing here.
+
+        Raises:
+            CheckpointError: as `TrainState.restore`.
+        """
+        stored = self._state.restore(path)
+        self._extend_history(stored)
+        self._reported = stored["reported"]
+        if self._state.ranks.first and not self.best_file.exists():
+            self._save_best(stored)
         self._saved_best = self.best["epoch"]
 
-    def add(self, moments: Sequence[Moment], snapshot: Snapshot | None) -> None:
-        """Takes what an epoch came to; on CUDA, what the one before came to is written now.
+    def queue(self, *, last: bool = False) -> None:
+        """Takes over the epoch that just ended.
 
         Args:
-            moments: start, end of training, end of validation.
-            snapshot: of `Run.state`; None where the epoch is not to be written.
+            last: the run ends here.
         """
-        self._moments[self._run.epoch] = moments
-        self._write_waiting()
-        self._waiting = snapshot
-        if self._run.device.type != "cuda":  # it is there; nobody has to be waited for
-            self._write_waiting()
+        state = self._state
+        self._laps[state.epoch] = state.laps
+        self._write_queued()
+        due = not state.config.defer_metrics or state.epoch % DEFERRED_EVERY == 0
+        if due or last or state.epoch == state.config.epochs:
+            self._queued = HostCopy(state.state_dict())
+        if state.device.type != "cuda":  # the copy is already complete
+            self._write_queued()
 
-    def finish(self) -> None:
-        """Writes and tells what is left."""
-        self._write_waiting()
-        self._report_rest()
+    def flush(self) -> None:
+        """Writes and reports everything that is still queued."""
+        self._write_queued()
+        self._report_new()
 
-    def _write_waiting(self) -> None:
-        if self._waiting is not None:
-            self._write(self._waiting.read())
-            self._waiting = None
+    def _write_queued(self) -> None:
+        if self._queued is not None:
+            stored = self._queued.read()
+            self._queued = None
+            self._write(stored)
 
-    def _write(self, state: Mapping[str, Any]) -> None:
-        """Writes what a state asks for, and tells the rows that are new.
+    def _write(self, stored: Mapping[str, Any]) -> None:
+        """Writes the files of a training state and reports its new epochs.
 
         Raises:
             UsageError: the training loss is not finite.
             OutputError: a file cannot be written.
         """
-        self._read_rows(state)
-        defer = self._run.config.defer_metrics
-        if self._run.ranks.first:
+        self._extend_history(stored)
+        defer = self._state.config.defer_metrics
+        if self._state.ranks.first:
             improved = self.best["epoch"] != self._saved_best
             if improved:
-                self._save_best(state)
-            self._save_numbered(state, improved=improved)
-            write_history(self._output_dir / self._names.history, self.history)
-            reported = self._reported if defer else state["epoch"]
-            save_state(self._output_dir / self._names.state, {**state, "reported": reported})
+                self._save_best(stored)
+            self._save_numbered(stored, improved=improved)
+            _write_history(self._output_dir / self._entry.history_file, self.history)
+            reported = self._reported if defer else stored["epoch"]
+            save_state(self._output_dir / self._entry.state_file, {**stored, "reported": reported})
             self._saved_best = self.best["epoch"]
         if not defer:
-            self._report_rest()
+            self._report_new()
 
-    def _report_rest(self) -> None:
-        """Tells the rows that were not told yet."""
+    def _report_new(self) -> None:
+        """Reports the epochs that were not reported yet."""
         for row in self.history[self._reported :]:
             seconds = {"train_seconds": math.nan, "valid_seconds": math.nan}
-            moments = self._moments.pop(int(row["epoch"]), None)  # None for a resumed run's past
-            if moments is not None:
-                start, trained, validated = moments
+            laps = self._laps.pop(int(row["epoch"]), None)
+            if laps is not None:  # None: the epoch ran in an earlier process
+                start, trained, validated = laps
                 seconds = {
                     "train_seconds": trained.seconds_since(start),
                     "valid_seconds": validated.seconds_since(trained),
                 }
             self._reported += 1
-            if self._on_epoch is not None and self._run.ranks.first:
+            if self._on_epoch is not None and self._state.ranks.first:
                 self._on_epoch({**row, **seconds})
 
-    def _read_rows(self, state: Mapping[str, Any]) -> None:
-        """Extends the history to the state's epoch.
+    def _extend_history(self, stored: Mapping[str, Any]) -> None:
+        """Adds the rows of a training state that the history lacks.
 
         Raises:
             UsageError: the training loss is not finite.
         """
-        run, config = self._run, self._run.config
-        steps = run.total_steps // config.epochs
-        for epoch in range(len(self.history), state["epoch"]):
-            train, valid = state["rows"][epoch].tolist()
+        state = self._state
+        epochs = state.config.epochs
+        steps = state.total_steps // epochs
+        for epoch in range(len(self.history), stored["epoch"]):
+            train, valid = stored["rows"][epoch].tolist()
             row = {
                 "epoch": epoch + 1,
-                "lr": learning_rate(
-                    (epoch + 1) * steps - 1, run.total_steps, config.lr, config.warmup
-                ),
-                "alpha": alpha_schedule(epoch, config.epochs),
-                **scores(run.metrics.names, train, "train"),
-                **scores(run.metrics.names, valid, "valid"),
+                "lr": state.learning_rate((epoch + 1) * steps - 1),
+                "alpha": alpha_schedule(epoch, epochs),
+                **scores(state.metrics.names, train, "train"),
+                **scores(state.metrics.names, valid, "valid"),
             }
             if not math.isfinite(row["train_loss"]):
                 raise UsageError(
-                    f"the training loss is {row['train_loss']} after epoch {epoch + 1}; lower --lr "
-                    f"({config.lr:g})"
+                    f"the training loss is {row['train_loss']} after epoch {epoch + 1}; pass a "
+                    f"lower --lr than {state.config.lr:g}"
                 )
             self.history.append(row)
-        self.best = self.history[int(state["best_epoch"]) - 1]
+        self.best = self.history[int(stored["best_epoch"]) - 1]
 
-    def _best_weights(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns the weights of the best epoch, which need not be the state's."""
-        steps = int(self.best["epoch"]) * (self._run.total_steps // self._run.config.epochs)
-        return {
-            # Norms count their batches; all else in a network is averaged.
-            name: value if value.is_floating_point() else value.new_full((), steps)
-            for name, value in state["best"].items()
-        }
+    def _save_best(self, stored: Mapping[str, Any]) -> None:
+        self._save_model(self.best_file, stored["best"], self.best)
 
-    def _save_best(self, state: Mapping[str, Any]) -> None:
-        """Writes the best model so far."""
-        self._save(self.best_file, self._best_weights(state), self.best)
-
-    def _save_numbered(self, state: Mapping[str, Any], *, improved: bool) -> None:
-        """Writes the numbered checkpoint that an improvement, or the epoch's number, asks for."""
-        row, every = self.history[-1], self._names.every
+    def _save_numbered(self, stored: Mapping[str, Any], *, improved: bool) -> None:
+        """Writes a numbered checkpoint if this epoch, or an improvement, requires one."""
+        row, weights = self.history[-1], stored["averaged"]
+        every = self._entry.checkpoint_every
         if every == 0:
-            if not improved:
-                return
-            row, weights = self.best, self._best_weights(state)
+            row, weights = self.best, stored["best"]
+            required = improved
         else:
-            if row["epoch"] % every and row["epoch"] != self._run.config.epochs:
-                return
-            weights = state["averaged"]
-        name = self._names.epoch.format(epoch=row["epoch"], miou=row["valid_iou"])
-        self._save(self._output_dir / name, weights, row)
+            required = row["epoch"] % every == 0 or row["epoch"] == self._state.config.epochs
+        if not required:
+            return
+        path = self._output_dir / self._entry.epoch_file(int(row["epoch"]), row["valid_iou"])
+        self._save_model(path, weights, row)
         if self._on_file is not None:
-            self._on_file(self._output_dir / name)
+            self._on_file(path)
 
-    def _save(self, path: Path, weights: Mapping[str, Tensor], row: Mapping[str, float]) -> None:
-        """Writes a model file with its description."""
-        config = self._run.config
-        card = {
-            "model": config.model,
-            "architecture": config.architecture,
-            "epoch": row["epoch"],
-            # JSON has no NaN, which is what an epoch without any pupil has for its centre.
-            "metrics": {
-                k: v for k, v in row.items() if k.startswith("valid_") and math.isfinite(v)
-            },
-            "config": asdict(config),
-            **self._run.card,
-        }
+    def _save_model(
+        self, path: Path, weights: Mapping[str, Tensor], row: Mapping[str, float]
+    ) -> None:
+        """Writes a model file with its card."""
+        config = self._state.config
+        card = ModelCard(
+            model=config.model,
+            architecture=config.architecture,
+            epoch=int(row["epoch"]),
+            # JSON has no NaN, which is the center error of an epoch without any pupil.
+            metrics={k: v for k, v in row.items() if k.startswith("valid_") and math.isfinite(v)},
+            config=asdict(config),
+            **self._state.provenance.to_dict(),
+        )
         save_model(path, weights, card)
+
+
+def _write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Writes one row per epoch as CSV, for plots and DVC."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """Returns an epoch's history row as one line of text with fixed columns."""
+    seconds = row["train_seconds"] + row["valid_seconds"]
+    return (
+        f"epoch {int(row['epoch']):3d}/{epochs}  loss {row['train_loss']:7.4f} train "
+        f"{row['valid_loss']:7.4f} valid  mIoU {row['valid_iou']:.4f}  pupil IoU "
+        f"{row['valid_pupil_iou']:.4f}  center {row['valid_center_px']:6.2f} px  "
+        f"found {row['valid_found']:.3f}  {seconds:5.1f} s"
+    )

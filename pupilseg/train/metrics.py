@@ -1,4 +1,4 @@
-"""Counts on the device, scores derived from them on the host."""
+"""Training metrics: sums on the device, and scores computed from them on the host."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ COUNTS = (
 
 
 def predicted_mask(output: Tensor | EllipseOutput) -> Tensor:
-    """Returns the pupil mask that a network's output stands for.
+    """Returns the pupil mask of a network's output.
 
     Args:
-        output: logits (N, 2, H, W), normalised ellipses (N, 4), or those with their map.
+        output: logits (N, 2, H, W), normalized ellipses (N, 4), or those with their soft mask.
 
     Returns:
         bool (N, 400, 640).
@@ -45,9 +45,9 @@ def predicted_mask(output: Tensor | EllipseOutput) -> Tensor:
 
 
 def ellipse_px(vectors: Tensor) -> Tensor:
-    """Returns normalised ellipses (N, 4) in px, float32.
+    """Converts normalized ellipses (N, 4) to px, float32.
 
-    The scale is applied number by number: a constant copied to CUDA would wait for the device.
+    Scaled column by column with Python numbers: to copy a constant tensor to CUDA would wait.
     """
     columns = vectors.float().unbind(dim=1)
     scaled = (x * float(unit) for x, unit in zip(columns, ELLIPSE_SCALE, strict=True))
@@ -55,13 +55,13 @@ def ellipse_px(vectors: Tensor) -> Tensor:
 
 
 def ellipse_masks(vectors: Tensor) -> Tensor:
-    """Draws upright ellipses on their own device: a pixel is set when its centre lies inside.
+    """Draws upright ellipses on their device: a pixel is set if its center is inside.
 
     Args:
-        vectors: (N, 4) normalised cx, cy, rx, ry.
+        vectors: (N, 4), normalized cx, cy, rx, ry.
 
     Returns:
-        bool (N, 400, 640); empty where a semi-axis is not positive.
+        bool (N, 400, 640); all False where a semi-axis is not positive.
     """
     cx, cy, rx, ry = ellipse_px(vectors).unbind(dim=1)
     x = torch.arange(WIDTH, device=vectors.device)
@@ -73,17 +73,21 @@ def ellipse_masks(vectors: Tensor) -> Tensor:
 
 
 class EpochMetrics:
-    """Sums of one epoch in a single vector on the device, allocated once.
+    """Sums over one epoch, in a single preallocated vector on the device.
 
     Args:
-        loss_names: names of the loss terms, in the order they are stored.
-        device: where the batches are.
+        loss_names: names of the loss terms, in the order of storage.
+        device: of the batches.
+
+    Attributes:
+        names: meaning of each sum.
+        sums: float64 (names,); float32 on MPS.
     """
 
     def __init__(self, loss_names: Sequence[str], device: torch.device) -> None:
         self.names = (*loss_names, *COUNTS)
         self._loss_names = tuple(loss_names)
-        # MPS has no float64; float32 counts pixels exactly up to 2^24 only, so it drifts there.
+        # MPS has no float64. float32 counts pixels exactly up to 2^24 only, so sums drift there.
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.names), dtype=self._dtype, device=device)
         self._rows = torch.arange(HEIGHT, dtype=self._dtype, device=device)
@@ -99,18 +103,18 @@ class EpochMetrics:
     def update(
         self, losses: Mapping[str, Tensor], mask: Tensor, label: Tensor, ellipse: Tensor
     ) -> None:
-        """Adds a batch without waiting for the device.
+        """Adds a batch, without waiting for the device.
 
         Args:
             losses: scalar means over the batch, by name.
             mask: bool (N, 400, 640), predicted.
-            label: (N, 400, 640) of {0, 1}.
-            ellipse: float (N, 4), the label's normalised ellipse; rx = 0 for a blink.
+            label: (N, 400, 640), 0 or 1.
+            ellipse: float (N, 4), the label's normalized ellipse; rx = 0 for a blink.
         """
         frames, pixels = len(label), label.numel()
         found_px, true_px = mask.float(), (label != 0).float()
-        # Products, not sums over bool, which take three times as long; whole numbers of this size
-        # are exact in float32, and in TF32.
+        # Matrix products, because sums over bool take three times as long; whole numbers of this
+        # size are exact in float32, and in TF32.
         rows = found_px @ self._columns  # (N, H, 2): sums of 1 and of x along each row
         area, sum_x = rows.to(self._dtype).sum(dim=1).unbind(dim=1)  # (N,)
         sum_y = rows[:, :, 0].to(self._dtype) @ self._rows
@@ -137,31 +141,32 @@ class EpochMetrics:
 
 
 def mean_iou(names: Sequence[str], sums: Tensor) -> Tensor:
-    """Returns the mean of background and pupil IoU of `EpochMetrics.sums`, on its device.
+    """Returns the mean of background and pupil IoU, computed on the device of `sums`.
 
-    The same number as `scores` gives; an IoU over nothing is 1.
+    The value equals that of `scores`. An IoU with an empty union is 1.
     """
     total = dict(zip(names, sums.unbind(), strict=True))
     ious = []
     for name in ("background", "pupil"):
         ratio = total[f"{name}_intersection"] / total[f"{name}_union"]
-        # A number in `where` would be copied to CUDA, and waited for.
+        # A Python number in `where` would be copied to CUDA, which waits.
         ious.append(torch.where(total[f"{name}_union"] > 0, ratio, torch.ones_like(ratio)))
     return (ious[0] + ious[1]) / 2
 
 
 def scores(names: Sequence[str], sums: Sequence[float], prefix: str) -> dict[str, float]:
-    """Derives an epoch's scores from its sums.
+    """Computes an epoch's scores from its sums.
 
     Args:
-        names: what each sum counts (`EpochMetrics.names`).
+        names: meaning of each sum (`EpochMetrics.names`).
         sums: the values, on the host.
         prefix: "train" or "valid".
 
     Returns:
-        `{prefix}_{loss}` means a frame; `_iou` mean of background and pupil IoU; `_pupil_iou`;
-        `_center_px` mean distance of the centres over frames where both have a pupil (NaN if
-        none); `_found` share of the frames with a pupil in which one was predicted (NaN if none).
+        Scores by name, each with the prefix: the loss terms, as means over frames; `iou`, the mean
+        of background and pupil IoU; `pupil_iou`; `center_px`, the mean distance between predicted
+        and true center over frames where both have a pupil (NaN without any); `found`, the share
+        of frames with a pupil in which one was predicted (NaN without any).
     """
     total = dict(zip(names, sums, strict=True))
     frames = max(total["frames"], 1)
@@ -176,5 +181,4 @@ def scores(names: Sequence[str], sums: Sequence[float], prefix: str) -> dict[str
 
 
 def _ratio(numerator: float, denominator: float, empty: float = math.nan) -> float:
-    """Returns the quotient, or `empty` where nothing was counted."""
     return numerator / denominator if denominator else empty

@@ -1,7 +1,8 @@
-"""What a training run carries from step to step, and from process to process."""
+"""The state of a training run, carried from step to step and from process to process."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -9,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pupilseg.errors import CheckpointError
+from pupilseg.model_files.card import UNKNOWN, Provenance
 from pupilseg.model_files.checkpoint import load_tensors, load_weights
 from pupilseg.models import create_model, model_entry
-from pupilseg.runtime.distributed import ALONE, Ranks, synchronise_norms
+from pupilseg.runtime.distributed import ALONE, Ranks, synchronize_norms
 from pupilseg.train.config import SPEED_ONLY
-from pupilseg.train.losses import (
-    ELLIPSE_TERMS,
-    SEGMENTATION_TERMS,
-    alpha_schedule,
-    ellipse_loss,
-    segmentation_loss,
-)
+from pupilseg.train.losses import LOSSES, alpha_schedule
 from pupilseg.train.metrics import EpochMetrics, mean_iou
-from pupilseg.train.optim import AveragedWeights, load_optimizer, parameter_groups
+from pupilseg.train.optim import (
+    WeightAverage,
+    copy_where,
+    learning_rate,
+    load_optimizer,
+    parameter_groups,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,32 +31,45 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from pupilseg.runtime.device import Timestamp
     from pupilseg.train.config import TrainConfig
 
 STATE_FORMAT = 2
 
 
-class Run:
-    """State of one training run; `engine.fit` drives it.
+class TrainState:
+    """Everything that a training run carries from step to step; `loop.fit` advances it.
 
     Args:
-        config: see `TrainConfig`.
-        device: from `pupilseg.runtime.device.find_device`.
+        config: the run's configuration.
+        device: from `runtime.device.find_device`.
         total_steps: optimizer steps in the whole run.
-        card: what the run's files say of its data.
+        provenance: of the weights, stored in every checkpoint.
         ranks: the processes of the job.
-        notes: kept in the training state as they are.
+        notes: stored in the training state unchanged.
+        initial: model file whose weights the run starts from; None for random ones.
 
     Attributes:
-        model: in training.
-        parameters: its parameters.
-        averaged: its averaged weights, which are validated and saved.
-        evaluated: a network to hold the averaged weights.
-        rows: float64 (epochs, 2, sums), of training and validation, on the device.
-        best_iou, best_epoch, best_flat: highest validation mIoU so far, the epoch (from 1) and its
-            weights, on the device; which epoch that is, the host need not know.
-        epoch: whole epochs behind.
-        step: optimizer steps behind.
+        model: the network in training.
+        parameters: its parameters, as a list: a walk through the modules takes 0.2 ms, and each
+            step needs them twice.
+        average: the average of its weights, which is validated and saved.
+        optimizer, scaler, autocast: AdamW, the gradient scaler, and arguments of `torch.autocast`.
+        random: generator of the augmentation.
+        loss: function that maps (output, batch, alpha) to scalars by name.
+        alphas: float32 (epochs,), the loss's alpha in each epoch, on the device.
+        metrics: sums over the current epoch, on the device.
+        rows: float64 (epochs, 2, sums), the sums of training and validation, on the device.
+        best_iou: highest validation mIoU so far, a scalar on the device.
+        best_epoch: its epoch, counted from 1, a scalar on the device.
+        best_weights: the averaged weights of that epoch, on the device.
+        laps: start of the current epoch, end of its training, end of its validation.
+        epoch: number of finished epochs.
+        step: number of finished optimizer steps.
+
+    Raises:
+        CheckpointError: `initial` is damaged, or holds another network.
+        UsageError: the model is unknown.
     """
 
     def __init__(
@@ -62,81 +77,96 @@ class Run:
         config: TrainConfig,
         device: torch.device,
         total_steps: int,
-        card: Mapping[str, Any],
+        provenance: Provenance = UNKNOWN,
         ranks: Ranks = ALONE,
         notes: Mapping[str, str] | None = None,
         initial: Path | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.device, self.total_steps = config, device, total_steps
-        self.card, self.ranks, self.notes = dict(card), ranks, dict(notes or {})
-        segments = model_entry(config.model).task == "segmentation"
-        self.criterion = segmentation_loss if segments else ellipse_loss
-        network = self._network()
+        self.config = config = config.resolved(device)
+        self.device = device
+        self.total_steps = total_steps
+        self.provenance = provenance
+        self.ranks = ranks
+        self.notes = dict(notes or {})
+        self.epoch = 0
+        self.step = 0
+        self.laps: list[Timestamp] = []
+
+        network = self._build_network()
         if initial is not None:
             load_weights(network, load_tensors(initial), initial)
-        self.model = synchronise_norms(network, ranks, device)
-        # Walking through the modules takes 0.2 ms, and a step wants them twice.
+        average = copy.deepcopy(network)
+        self.model = synchronize_norms(network, ranks, device)
         self.parameters = list(self.model.parameters())
-        self.evaluated = self._network()
-        self.averaged = AveragedWeights(self.model, config.ema_decay)
-        # Fused is on CUDA the only form that can skip a step whose gradients overflowed without
-        # asking the host; on a CPU it takes 4.0 ms a step, the other 2.0 (130 weights, 2 threads).
+        self.average = WeightAverage(self.model, average, config.ema_decay)
+
+        # On CUDA, only the fused form skips a step with overflowed gradients without asking the
+        # host. On a CPU it takes 4.0 ms per step, and the other 2.0 ms (130 weights, 2 threads).
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
-            lr=config.lr,
+            lr=self.learning_rate(0),
             fused=fused,
             foreach=not fused,
         )
-        cuda = device.type == "cuda" and config.amp
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        mixed = device.type == "cuda" and config.amp
+        bfloat16 = mixed and torch.cuda.is_bf16_supported(including_emulation=False)
         self.autocast: dict[str, Any] = {
             "device_type": device.type,
-            "dtype": torch.bfloat16 if bf16 or not cuda else torch.float16,
-            "enabled": cuda,
+            "dtype": torch.bfloat16 if bfloat16 or not mixed else torch.float16,
+            "enabled": mixed,
         }
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bf16)
-        # What is not CUDA augments on the host.
-        drawn_on = device if device.type == "cuda" else "cpu"
-        self.random = torch.Generator(drawn_on).manual_seed(config.seed)
-        self.metrics = EpochMetrics(SEGMENTATION_TERMS if segments else ELLIPSE_TERMS, device)
-        sums = self.metrics.sums
-        self.rows = torch.zeros((config.epochs, 2, len(sums)), dtype=sums.dtype, device=device)
-        # On the device from the start: a number copied there in a step would be waited for.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mixed and not bfloat16)
+        # Except on CUDA, augmentation runs on the CPU.
+        generator_device = device if device.type == "cuda" else "cpu"
+        self.random = torch.Generator(generator_device).manual_seed(config.seed)
+
+        self.loss, terms = LOSSES[model_entry(config.model).task]
+        # On the device from the start: to copy a number there in a step would wait for it.
         alphas = [alpha_schedule(epoch, config.epochs) for epoch in range(config.epochs)]
         self.alphas = torch.tensor(alphas, device=device)
+        self.metrics = EpochMetrics(terms, device)
+        sums = self.metrics.sums
+        self.rows = torch.zeros((config.epochs, 2, len(sums)), dtype=sums.dtype, device=device)
         self.best_iou = torch.full((), -1.0, dtype=sums.dtype, device=device)
         self.best_epoch = torch.zeros((), dtype=torch.int64, device=device)
-        self.best_flat = self.averaged.flat.clone()
-        self.epoch, self.step = 0, 0
+        self.best_weights = {
+            name: value.clone() for name, value in self.average.network.state_dict().items()
+        }
 
-    def _network(self) -> nn.Module:
+    def _build_network(self) -> nn.Module:
         """Builds the network on the CPU, so that a seed gives the same weights on any device."""
         model = create_model(self.config.model, **self.config.architecture)
-        if hasattr(model, "with_map"):  # its map is part of the validation loss
+        if hasattr(model, "with_map"):  # the map is part of the validation loss
             model.with_map = True  # type: ignore[assignment]  # nn.Module types it as a tensor
-        # Measured on 2 CPU cores: a training step takes 34 ms a frame in this layout, 51 without.
+        # On 2 CPU cores, a step takes 34 ms per frame in channels_last and 51 ms without.
         return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub lacks this form
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Layout of images and kernels."""
+        """Memory layout of images and kernels."""
         return torch.channels_last if self.config.channels_last else torch.contiguous_format
 
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0."""
+        assert self.config.lr is not None  # the configuration is resolved
+        return learning_rate(step, self.total_steps, self.config.lr, self.config.warmup)
+
     def end_epoch(self) -> None:
-        """Sums the epoch's rows over the ranks and keeps the best weights, on the device."""
-        row = self.ranks.sum_(self.rows[self.epoch])
+        """Sums the epoch's rows over the ranks, and keeps the weights if they are the best."""
+        _, valid = self.ranks.sum_(self.rows[self.epoch])
         self.epoch += 1
-        iou = mean_iou(self.metrics.names, row[1])
+        iou = mean_iou(self.metrics.names, valid)
         better = iou > self.best_iou
         self.best_iou = torch.where(better, iou, self.best_iou)
-        now = torch.full_like(self.best_epoch, self.epoch)
-        self.best_epoch = torch.where(better, now, self.best_epoch)
-        self.best_flat = torch.where(better, self.averaged.flat, self.best_flat)
+        self.best_epoch = torch.where(
+            better, torch.full_like(self.best_epoch, self.epoch), self.best_epoch
+        )
+        copy_where(better, self.average.network.state_dict(), self.best_weights)
 
-    def state(self) -> dict[str, Any]:
-        """Returns all that a later process needs to go on after this epoch, on the device."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that a later process needs to resume after this epoch, on the device."""
         return {
             "format": STATE_FORMAT,
             "run": json.dumps(self.identity()),
@@ -144,69 +174,74 @@ class Run:
             "epoch": self.epoch,
             "step": self.step,
             "model": self.model.state_dict(),
-            "averaged": self.averaged.values,
-            "averaged_steps": self.averaged.steps,
+            "averaged": self.average.network.state_dict(),
+            "averaged_steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": self.random.get_state(),
             "rows": self.rows,
             "best_iou": self.best_iou,
             "best_epoch": self.best_epoch,
-            "best": self.averaged.named(self.best_flat),
+            "best": self.best_weights,
         }
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must be the same for a run to go on where another stopped."""
+        """Returns the values that must be the same when a run is resumed."""
         config: dict[str, Any] = json.loads(json.dumps(asdict(self.config)))
         for name in SPEED_ONLY:
             del config[name]
-        return {**config, "steps": self.total_steps, **self.card}
+        return {**config, "steps": self.total_steps, **self.provenance.to_dict()}
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Takes up a state written from `state`; returns it.
+        """Loads a training state from a file and returns the file's content.
 
         Raises:
-            CheckpointError: damaged, or of another network, configuration or data set.
+            CheckpointError: the file is damaged, or belongs to another network, configuration or
+                data set.
         """
-        state = read_state(path)
-        stored = json.loads(state["run"])
-        differ = [
-            f"{key} {stored.get(key)!r} there, {value!r} here"
+        stored = read_state(path)
+        identity = json.loads(stored["run"])
+        differences = [
+            f"{key} is {identity.get(key)!r} in the file and {value!r} now"
             for key, value in self.identity().items()
-            if stored.get(key) != value
+            if identity.get(key) != value
         ]
-        if differ:
+        if differences:
             raise CheckpointError(
-                f"{path} belongs to another run ({'; '.join(differ)}); resume with the same flags "
-                "and data, or start anew in another --output-dir"
+                f"{path} belongs to another run ({'; '.join(differences)}); resume with the same "
+                "flags and data, or start a new run in another --output-dir"
             )
-        load_weights(self.model, state["model"], path)
-        self.averaged.load(state["averaged"], state["averaged_steps"])
-        self.averaged.load_flat(self.best_flat, state["best"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.random.set_state(state["random"])
-        for name in ("rows", "best_iou", "best_epoch"):
-            getattr(self, name).copy_(state[name])
-        self.epoch, self.step = state["epoch"], state["step"]
-        return state
+        load_weights(self.model, stored["model"], path)
+        load_weights(self.average.network, stored["averaged"], path)
+        self.average.steps = stored["averaged_steps"]
+        for name, value in self.best_weights.items():
+            value.copy_(stored["best"][name])
+        load_optimizer(self.optimizer, stored["optimizer"])
+        self.scaler.load_state_dict(stored["scaler"])
+        self.random.set_state(stored["random"])
+        self.rows.copy_(stored["rows"])
+        self.best_iou.copy_(stored["best_iou"])
+        self.best_epoch.copy_(stored["best_epoch"])
+        self.epoch = stored["epoch"]
+        self.step = stored["step"]
+        return stored
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns what a training state holds, on the CPU.
+    """Reads a training state to the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, not a training state, or of another format.
+        CheckpointError: the file is missing, damaged, of another format, or not a training state.
     """
     state = load_tensors(path)
     if "averaged_steps" not in state:
         raise CheckpointError(
-            f"{path} is not a training state; give the *_training_state.pt beside the model"
+            f"{path} is not a training state; pass the *_training_state.pt beside the model"
         )
     if state["format"] != STATE_FORMAT:
         raise CheckpointError(
-            f"{path} has format {state['format']!r}, this version of pupilseg reads "
-            f"{STATE_FORMAT}; upgrade pupilseg, or start anew without --resume"
+            f"{path} has format {state['format']!r}, and this version of pupilseg reads format "
+            f"{STATE_FORMAT}; upgrade pupilseg, or start a new run without --resume"
         )
     return state
 

@@ -1,4 +1,4 @@
-"""Real batches without shards: drawn ellipses with the targets that `maps` and `geometry` make."""
+"""Batches without shards: drawn ellipses, with targets from `maps` and `geometry`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLINK = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
 
 
 def batch_of(labels, seed=0):
-    """Returns a Batch over labels uint8 (N, 400, 640), with random images."""
+    """Returns a Batch with random images for labels, uint8 (N, 400, 640)."""
     rng = np.random.default_rng(seed)
     images = np.stack([random_image(rng) for _ in labels])[:, None]
     return Batch(
@@ -28,7 +28,7 @@ def batch_of(labels, seed=0):
 
 
 def random_batch(frames, seed=0, *, blink=False):
-    """Returns a Batch over random ellipses; with `blink` its last frame shows no pupil."""
+    """Returns a Batch of random ellipses; with `blink`, the last frame shows no pupil."""
     rng = np.random.default_rng(seed)
     labels = [random_label(rng, blink_share=0) for _ in range(frames)]
     if blink:

@@ -1,4 +1,4 @@
-"""Programs under test that run for a while: watched by their output, ended with their children."""
+"""Programs that run during a test: their output is watched, and their children are killed too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 class Program:
-    """A running program whose lines are read as they come, in a session of its own.
+    """A running program, in its own session, whose output is collected line by line.
 
     Args:
-        line: its command line.
-        cwd: where it runs.
-        env: its environment; None for this process's.
+        line: command line.
+        cwd: working directory.
+        env: environment; None for this process's.
     """
 
     def __init__(self, line, cwd, env=None):
@@ -40,11 +40,11 @@ class Program:
 
     @property
     def text(self):
-        """What it has printed so far."""
+        """Its output so far, stdout and stderr."""
         return "".join(self._lines)
 
     def wait_for(self, words, timeout_s=120):
-        """Returns when the words have been printed."""
+        """Waits until the program has printed some words."""
         until = time.monotonic() + timeout_s
         while words not in self.text:
             assert self._process.poll() is None, f"ended before {words!r}:\n{self.text}"
@@ -52,11 +52,11 @@ class Program:
             time.sleep(0.01)
 
     def children(self):
-        """Returns its processes, itself first: torchrun gives each rank a session of its own."""
+        """Returns its process ids, its own first: torchrun gives each rank its own session."""
         parents = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                # "pid (name) state ppid ...", where a name may hold blanks and brackets
+                # "pid (name) state ppid ..."; the name may contain spaces and parentheses
                 parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
             except (FileNotFoundError, ProcessLookupError):
                 continue
@@ -66,11 +66,11 @@ class Program:
         return found
 
     def send(self, number):
-        """Sends a signal to the processes of its session, as a terminal does."""
+        """Sends a signal to all processes of its session, as a terminal does."""
         os.killpg(self.pid, number)
 
     def kill_all(self):
-        """Ends its processes at once, and waits for them."""
+        """Kills all its processes and waits for it to end."""
         for pid in self.children():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ class Program:
         self._process.wait()
 
     def end(self, timeout_s=120):
-        """Waits for its end; returns its exit code and all that it printed."""
+        """Waits for its end; returns its exit code and its whole output."""
         code = self._process.wait(timeout_s)
         self._reader.join(timeout_s)
         return code, self.text

@@ -1,4 +1,4 @@
-"""Losses against float64 NumPy written from the formulas, in closed form, and by gradients."""
+"""Losses compared with float64 NumPy, with closed forms, and with numerical gradients."""
 
 import numpy as np
 import pytest
@@ -10,24 +10,23 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from pupilseg.geometry import ELLIPSE_SCALE
 from pupilseg.models.ellipse import EllipseOutput
 from pupilseg.train.losses import (
-    COVER_CE_WEIGHT,
     ELLIPSE_TERMS,
     SEGMENTATION_TERMS,
     alpha_schedule,
-    cover_loss,
-    cross_entropy,
     ellipse_loss,
-    generalised_dice,
+    generalized_dice_loss,
     segmentation_loss,
-    surface,
+    surface_loss,
+    weighted_cross_entropy,
 )
+from pupilseg.train.losses.ellipse import COVER_CE_WEIGHT, cover_loss
 from tests.helpers.batches import BLINK, batch_of, random_batch
 
 SMALL = (3, 7, 9)
 
 
 def reference(logits, label, weights, dist_map, alpha):
-    """The four terms in float64, with two channels and a loop over frames, as papers write them."""
+    """The four terms in float64, with two channels and a loop over frames, as in the papers."""
     logits = np.asarray(logits, dtype=np.float64)
     probability = softmax(logits, axis=1)
     truth = np.stack([label == 0, label == 1], axis=1).astype(np.float64)
@@ -93,17 +92,17 @@ def small_case(data, dtype=np.float64):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_terms_equal_the_reference_for_any_share_of_pupil(data):
-    """Float64 throughout, so a wrong formula cannot hide behind rounding."""
+    """In float64, so that rounding cannot hide a wrong formula."""
     logits, label, weights, dist_map = small_case(data)
     expected = reference(logits, label, weights, dist_map, 0.5)
     z = torch.from_numpy(logits[:, 1] - logits[:, 0])
     truth, p = torch.from_numpy(label).double(), torch.sigmoid(z)
-    ce = float(cross_entropy(z, truth, torch.from_numpy(weights)))
-    # softplus is linear over 20, which leaves out 2e-9.
+    ce = float(weighted_cross_entropy(z, truth, torch.from_numpy(weights)))
+    # torch's softplus is linear above 20, an error of 2e-9.
     assert ce == pytest.approx(expected["ce_loss"], rel=1e-7, abs=1e-7)
-    dice = float(generalised_dice(p, truth))
+    dice = float(generalized_dice_loss(p, truth))
     assert dice == pytest.approx(expected["dice_loss"], rel=1e-9, abs=1e-12)
-    boundary = float(surface(p, torch.from_numpy(dist_map)))
+    boundary = float(surface_loss(p, torch.from_numpy(dist_map)))
     assert boundary == pytest.approx(expected["surface_loss"], rel=1e-9, abs=1e-12)
 
 
@@ -118,13 +117,13 @@ def test_gradients_by_finite_differences(share):
     label = (torch.rand(shape, generator=generator) < share).double()
     weights, dist_map = draw(*shape).abs(), draw(2, 2, 4, 5)
     z = draw(*shape).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, label, weights), z)
-    assert torch.autograd.gradcheck(lambda x: generalised_dice(torch.sigmoid(x), label), z)
-    assert torch.autograd.gradcheck(lambda x: surface(torch.sigmoid(x), dist_map), z)
+    assert torch.autograd.gradcheck(lambda x: weighted_cross_entropy(x, label, weights), z)
+    assert torch.autograd.gradcheck(lambda x: generalized_dice_loss(torch.sigmoid(x), label), z)
+    assert torch.autograd.gradcheck(lambda x: surface_loss(torch.sigmoid(x), dist_map), z)
 
 
-def test_gradient_of_the_whole_equals_that_of_a_softmax_over_two_channels(batch):
-    """The form in z must carry the gradient of the form with two channels, to both logits."""
+def test_the_gradient_equals_that_of_a_softmax_over_two_channels(batch):
+    """The one-channel form must give both logits the gradient of the two-channel form."""
     logits = random_logits(3, seed=2).requires_grad_()
     (found,) = torch.autograd.grad(segmentation_loss(logits, batch, 0.4)["loss"], logits)
     wide = logits.detach().double().requires_grad_()
@@ -154,13 +153,13 @@ def test_closed_forms(batch):
 
 
 def test_dice_of_a_half_overlap():
-    """Pupil of 4 of 16 pixels, the prediction has two of them and two others."""
+    """A pupil of 4 of 16 pixels; the prediction has two of them and two others."""
     label, probability = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
     label[0, 0] = 1
     probability[0, 0, :2] = probability[0, 1, :2] = 1
     # pupil: w 1/16, intersection 2, union 8; background: w 1/144, intersection 10, union 24
     expected = 1 - 2 * (2 / 16 + 10 / 144) / (8 / 16 + 24 / 144)
-    assert float(generalised_dice(probability, label)) == pytest.approx(expected, abs=1e-6)
+    assert float(generalized_dice_loss(probability, label)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_better_predictions_score_better(batch):
@@ -190,9 +189,9 @@ def test_a_frame_of_one_class_has_finite_losses_and_gradients(label, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_widened_before_anything_is_computed(batch, dtype):
+def test_half_precision_logits_are_converted_first(batch, dtype):
     logits = random_logits(3).to(dtype)
-    logits[0, 0, 0, 0], logits[0, 1, 0, 0] = 60000, -60000  # their difference is no float16
+    logits[0, 0, 0, 0], logits[0, 1, 0, 0] = 60000, -60000  # their difference overflows float16
     found = segmentation_loss(logits, batch, 0.5)
     wide = segmentation_loss(logits.float(), batch, 0.5)
     for name in SEGMENTATION_TERMS:
@@ -201,7 +200,7 @@ def test_half_precision_logits_are_widened_before_anything_is_computed(batch, dt
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 15, 125])
-def test_alpha_is_that_of_ritnet(epochs):
+def test_alpha_equals_that_of_ritnet(epochs):
     n = min(epochs, 125)
     expected = 1 - np.arange(1, n + 1) / n
     found = [alpha_schedule(epoch, epochs) for epoch in range(epochs)]
@@ -224,7 +223,7 @@ def test_label_of_any_integer_type_gives_the_same_loss(batch):
 
 
 def ellipse_reference(prediction, cover, batch):
-    """The five terms in float64 by NumPy and SciPy, a frame at a time."""
+    """The five terms in float64 by NumPy and SciPy, frame by frame."""
     prediction, truth = np.float64(prediction), np.float64(batch.ellipse)
     size = np.abs(prediction - truth) * ELLIPSE_SCALE / 10
     smooth = np.where(size < 1, 0.5 * size**2, size - 0.5)
@@ -254,7 +253,7 @@ def perfect_cover(label):
 
 @pytest.mark.parametrize("near", [0.001, 0.3])
 def test_ellipse_loss_equals_the_reference(batch, near):
-    """Near the truth the loss of the numbers is square, far from it linear."""
+    """The error of the numbers is quadratic near the truth and linear far from it."""
     rng = np.random.default_rng(5)
     prediction = batch.ellipse.numpy() + rng.normal(size=(3, 4)).astype(np.float32) * near
     cover = random_cover(3)
@@ -264,7 +263,7 @@ def test_ellipse_loss_equals_the_reference(batch, near):
         assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_a_map_of_the_true_shares_is_the_best_there_is(batch):
+def test_the_true_shares_have_the_lowest_loss(batch):
     label = batch.label[:2]
     perfect = perfect_cover(label)
     ce, dice = cover_loss(perfect, label)
@@ -275,7 +274,7 @@ def test_a_map_of_the_true_shares_is_the_best_there_is(batch):
         assert worse_dice > dice
 
 
-def test_gradients_of_the_map_by_finite_differences():
+def test_gradients_of_the_soft_mask_by_finite_differences():
     generator = torch.Generator().manual_seed(3)
     label = (torch.rand(3, 8, 12, generator=generator) < 0.4).double()
     label[2] = 0
@@ -283,7 +282,7 @@ def test_gradients_of_the_map_by_finite_differences():
     assert torch.autograd.gradcheck(lambda x: cover_loss(x, label), cover)
 
 
-def test_the_numbers_are_measured_and_the_map_is_trained(batch):
+def test_only_the_soft_mask_is_trained(batch):
     ellipse = (batch.ellipse + 0.1).requires_grad_()
     cover = random_cover(3).requires_grad_()
     losses = ellipse_loss(EllipseOutput(ellipse, cover), batch, 0.5)
@@ -294,7 +293,7 @@ def test_the_numbers_are_measured_and_the_map_is_trained(batch):
     assert (cover.grad != 0).all()
 
 
-def test_a_blink_asks_for_an_empty_map_and_nothing_else():
+def test_the_target_of_a_blink_is_an_empty_mask():
     batch = batch_of([BLINK])
     cover = random_cover(1).requires_grad_()
     losses = ellipse_loss(EllipseOutput(torch.full((1, 4), 0.3), cover), batch, 0.5)

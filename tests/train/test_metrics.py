@@ -1,4 +1,4 @@
-"""Counts against NumPy on random masks; accumulation; drawn ellipses against geometry."""
+"""Metrics compared with NumPy on random masks; drawn ellipses compared with geometry."""
 
 import math
 
@@ -29,12 +29,12 @@ NO_LOSS = {"loss": torch.tensor(0.0)}
 
 
 def random_masks(seed, frames=7):
-    """Predictions near, far from, and instead of the truth; blinks and empty predictions."""
+    """Predictions near the truth and far from it, blinks, and empty predictions."""
     rng = np.random.default_rng(seed)
     truth = [random_label(rng, blink_share=0) for _ in range(frames)]
     found = [np.roll(mask, (int(rng.integers(9)), 5), (0, 1)) for mask in truth]
-    truth[1] = BLINK  # something found where nothing is
-    found[2] = BLINK  # nothing found where something is
+    truth[1] = BLINK  # a prediction without a pupil
+    found[2] = BLINK  # a pupil without a prediction
     truth[3] = found[3] = BLINK
     found[4] = random_label(rng, blink_share=0)
     found[5] = 1 - BLINK
@@ -42,7 +42,7 @@ def random_masks(seed, frames=7):
 
 
 def reference(found, truth):
-    """Scores from sets of pixels, a frame at a time."""
+    """Scores from sets of pixels, frame by frame."""
     found, truth = found != 0, truth != 0
     iou = []
     for a, b in [(~found, ~truth), (found, truth)]:
@@ -82,7 +82,7 @@ def test_scores_equal_the_reference(seed):
     found, truth = random_masks(seed)
     values, _ = measured(found, truth)
     for name, expected in reference(found, truth).items():
-        # The centre's reference is the label's ellipse, stored as float32.
+        # The true center is that of the label's ellipse, stored as float32.
         tolerance = 1e-3 if name == "center_px" else 1e-12
         assert values[f"valid_{name}"] == pytest.approx(expected, abs=tolerance), name
 
@@ -94,7 +94,7 @@ def test_a_perfect_prediction():
     assert values["valid_center_px"] < 1e-3
 
 
-def test_half_overlap_is_a_third_in_iou_and_half_the_width_in_px():
+def test_a_half_overlap_has_a_third_of_iou_and_half_the_width_in_px():
     truth, found = BLINK.copy(), BLINK.copy()
     truth[100:200, 100:200] = 1
     found[100:200, 150:250] = 1
@@ -115,7 +115,7 @@ def test_blinks_alone():
     assert math.isnan(values["valid_found"])
 
 
-def test_nothing_found_is_a_share_of_zero_and_no_distance():
+def test_without_a_prediction_nothing_is_found_and_there_is_no_distance():
     truth = BLINK.copy()
     truth[10:20, 10:20] = 1
     values, _ = measured(BLINK[None], truth[None])
@@ -144,7 +144,7 @@ def test_losses_are_averaged_over_frames_not_batches():
     assert not any(f"train_{name}" in values for name in COUNTS)
 
 
-def test_reset_forgets_and_keeps_the_buffer():
+def test_reset_zeroes_the_same_buffer():
     found, truth = random_masks(0)
     _, metrics = measured(found, truth)
     before = metrics.sums.data_ptr()
@@ -154,7 +154,7 @@ def test_reset_forgets_and_keeps_the_buffer():
 
 
 def test_counts_stay_exact_over_a_million_frames():
-    """Float32 would stop counting pixels at 2^24, which is 66 frames."""
+    """float32 would stop counting pixels at 2^24, after 66 frames."""
     metrics = EpochMetrics(["loss"], CPU)
     metrics.sums += 256000.0 * 1e6
     truth = torch.zeros(1, 400, 640, dtype=torch.bool)
@@ -166,7 +166,7 @@ def test_counts_stay_exact_over_a_million_frames():
     assert change["background_intersection"] == 255999
 
 
-def test_updates_hold_no_graph():
+def test_updates_keep_no_autograd_graph():
     metrics = EpochMetrics(["loss"], CPU)
     loss = torch.ones((), requires_grad=True) * 2
     empty = torch.zeros(1, 400, 640, dtype=torch.bool)
@@ -196,8 +196,8 @@ def test_drawn_ellipses_equal_those_of_geometry():
 
 def test_a_drawn_ellipse_includes_its_border():
     radii = torch.arange(3.0, 60.0)
-    normalised = radii / RADIUS_UNIT
-    exact = radii[normalised * RADIUS_UNIT == radii].int().tolist()  # others are rounded
+    normalized = radii / RADIUS_UNIT
+    exact = radii[normalized * RADIUS_UNIT == radii].int().tolist()  # the others are rounded
     assert len(exact) > 10
     for r in exact:
         mask = ellipse_masks(torch.tensor([[0.5, 0.5, r / RADIUS_UNIT, r / RADIUS_UNIT]]))[0]
@@ -205,7 +205,7 @@ def test_a_drawn_ellipse_includes_its_border():
 
 
 @pytest.mark.parametrize("radii", [(0, 0), (0, 0.1), (0.1, 0), (-0.1, 0.1)], ids=str)
-def test_an_ellipse_without_size_is_an_empty_mask(radii):
+def test_an_ellipse_without_area_is_an_empty_mask(radii):
     assert not ellipse_masks(torch.tensor([[0.5, 0.5, *radii]])).any()
 
 
@@ -227,7 +227,7 @@ def test_half_precision_ellipses_are_drawn_in_float32():
 
 @pytest.mark.parametrize("blink", [False, True])
 @pytest.mark.parametrize("found", [False, True])
-def test_the_mean_iou_on_the_device_is_that_of_the_scores(blink, found):
+def test_the_mean_iou_on_the_device_equals_that_of_the_scores(blink, found):
     metrics = EpochMetrics(("loss",), torch.device("cpu"))
     label = torch.zeros(2, 400, 640, dtype=torch.int64)
     mask = torch.zeros(2, 400, 640, dtype=torch.bool)

@@ -1,19 +1,27 @@
 """Learning rate, parameter groups and averaged weights."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from pupilseg.models import create_model
-from pupilseg.runtime.host_copy import Snapshot
-from pupilseg.train.optim import AveragedWeights, learning_rate, load_optimizer, parameter_groups
+from pupilseg.runtime.host_copy import HostCopy
+from pupilseg.train.optim import (
+    WeightAverage,
+    copy_where,
+    learning_rate,
+    load_optimizer,
+    parameter_groups,
+)
 
 
 def rates(steps, peak=1e-2, warmup=0.15):
     return np.array([learning_rate(step, steps, peak, warmup) for step in range(steps)])
 
 
-def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine():
+def test_the_rate_rises_linearly_and_falls_as_half_a_cosine():
     found = rates(100)
     np.testing.assert_allclose(found[:15], 1e-2 * np.arange(1, 16) / 15, rtol=1e-12)
     progress = np.arange(85) / 85
@@ -58,46 +66,38 @@ class Point(torch.nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
 
-def test_averaged_weights_follow_the_formula():
+def average_of(model, decay):
+    return WeightAverage(model, copy.deepcopy(model), decay)
+
+
+def test_the_average_follows_the_formula():
     model = Point()
-    averaged = AveragedWeights(model, decay=0.5)
+    average = average_of(model, decay=0.5)
     expected = np.zeros(2)
     for step in range(20):
         with torch.no_grad():
             model.weight += torch.tensor([1.0, -2.0])
             model.count += 1
-        averaged.update()
+        average.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach().numpy()
-        np.testing.assert_allclose(averaged.values["weight"], expected, rtol=1e-5)
-        assert averaged.values["count"] == step + 1  # an integer is copied, not averaged
-    assert not averaged.values["weight"].requires_grad
+        np.testing.assert_allclose(average.network.weight, expected, rtol=1e-5)
+        assert average.network.count == step + 1  # an integer is copied, not averaged
+    assert not average.network.weight.requires_grad
+    assert model.weight.requires_grad
 
 
-def test_averaged_weights_are_a_copy():
+def test_the_average_is_a_copy():
     model = Point()
-    averaged = AveragedWeights(model, decay=0.9)
+    average = average_of(model, decay=0.9)
     with torch.no_grad():
         model.weight += 1
-    assert not averaged.values["weight"].any()
+    assert not average.network.weight.any()
 
 
-def test_averages_are_views_of_one_vector_whatever_the_memory_format():
+def test_an_average_resumes_from_loaded_weights_in_any_memory_format():
     model = create_model("efficientvit_tiny").to(memory_format=torch.channels_last)
-    averaged = AveragedWeights(model, decay=0.9)
-    state = model.state_dict()
-    assert list(averaged.named(averaged.flat)) == list(averaged.values)
-    assert set(averaged.values) == set(state)
-    assert all(torch.equal(averaged.values[name], value) for name, value in state.items())
-    averaged.flat.zero_()
-    floats = [value for value in averaged.values.values() if value.is_floating_point()]
-    assert not any(value.any() for value in floats)
-    assert sum(value.numel() for value in floats) == len(averaged.flat)
-
-
-def test_averaged_weights_go_on_from_what_they_were():
-    model = create_model("efficientvit_tiny").to(memory_format=torch.channels_last)
-    first, second = AveragedWeights(model, 0.9), AveragedWeights(model, 0.9)
+    first, second = average_of(model, 0.9), average_of(model, 0.9)
 
     def step():
         with torch.no_grad():
@@ -106,19 +106,29 @@ def test_averaged_weights_go_on_from_what_they_were():
 
     step()
     first.update()
-    contiguous = {name: value.clone().contiguous() for name, value in first.values.items()}
-    second.load(contiguous, first.steps)
+    stored = {k: v.clone().contiguous() for k, v in first.network.state_dict().items()}
+    second.network.load_state_dict(stored)
+    second.steps = first.steps
     step()
-    for averaged in (first, second):
-        averaged.update()
-    assert torch.equal(first.flat, second.flat)
-    other = torch.zeros_like(first.flat)
-    first.load_flat(other, first.values)
-    assert torch.equal(other, first.flat)
+    for average in (first, second):
+        average.update()
+    found = second.network.state_dict()
+    assert all(torch.equal(value, found[k]) for k, value in first.network.state_dict().items())
+    assert not torch.equal(found["head.score.weight"], stored["head.score.weight"])
 
 
-def test_an_optimizer_goes_on_from_what_it_was_in_any_memory_format():
-    """A file holds contiguous moments; fused kernels would pair them with the wrong weights."""
+@pytest.mark.parametrize("condition", [False, True])
+def test_copy_where_copies_all_tensors_or_none(condition):
+    source = {"a": torch.full((2, 3), float("nan")), "n": torch.tensor(7)}
+    target = {"a": torch.ones(2, 3), "n": torch.tensor(1)}
+    copy_where(torch.tensor(condition), source, target)
+    assert target["n"] == (7 if condition else 1)
+    assert target["a"].isnan().all() == condition
+    assert (target["a"] == 1).all() != condition
+
+
+def test_an_optimizer_resumes_in_any_memory_format():
+    """Fused kernels would pair a file's contiguous moments with the wrong weights."""
 
     def make():
         torch.manual_seed(0)
@@ -134,7 +144,7 @@ def test_an_optimizer_goes_on_from_what_it_was_in_any_memory_format():
 
     first, optimizer = make()
     step(first, optimizer, 1)
-    stored = Snapshot({"model": first.state_dict(), "optimizer": optimizer.state_dict()}).read()
+    stored = HostCopy({"model": first.state_dict(), "optimizer": optimizer.state_dict()}).read()
     second, other = make()
     second.load_state_dict(stored["model"])
     load_optimizer(other, stored["optimizer"])

@@ -1,6 +1,5 @@
-"""Whole training programs: what they print, what they leave behind, what they tell MLflow."""
+"""Training programs: their output, their files and their MLflow runs."""
 
-import argparse
 import json
 import os
 import re
@@ -11,25 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from pupilseg.cli import train as train_flags
-from pupilseg.cli.train import config_from
 from pupilseg.errors import CheckpointError
 from pupilseg.model_files.checkpoint import load_model, read_card
 from pupilseg.models import list_models
-from pupilseg.shards import write_shards
-from pupilseg.train.config import default_batch_size
 from pupilseg.train.state import notes_of
 from tests.helpers.mlflow_server import Server
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
-from tests.train.test_loop import Eyes
+from tests.helpers.training import write_eyes
 
 SCRIPTS = {name: f"training/train_{name}_local.py" for name in list_models()}
 SYNTHETIC = "synthetic:5@3"
 
 
 def run(*command, env=None, cwd=ROOT):
-    """Runs a program without tracking, unless `env` asks for it."""
+    """Runs a program, without tracking unless `env` enables it."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -43,7 +38,7 @@ def run(*command, env=None, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """A data directory that a first run of a script has filled."""
+    """A data directory filled by the first run of a script, its output directory, its output."""
     path = tmp_path_factory.mktemp("data") / "eyes"
     out = path.parent / "checkpoints"
     done = run(
@@ -58,27 +53,29 @@ def rendered(tmp_path_factory):
 
 
 @pytest.mark.integration
-def test_the_first_run_makes_the_data_and_says_what_it_does(rendered):
+def test_the_first_run_builds_the_data_and_logs_its_configuration(rendered):
     path, out, done = rendered
     assert (path / "shards" / "train" / "manifest.json").exists()
-    assert "train efficientvit_tiny (9,933 parameters)" in done.stderr
+    assert "network efficientvit_tiny: 9,933 parameters" in done.stderr
     printed = next(line for line in done.stderr.splitlines() if line.startswith("configuration: "))
     configuration = json.loads(printed.removeprefix("configuration: "))
     best = out / "best_efficientvit_tiny_model.pt"
-    assert read_card(best)["config"] == configuration
+    assert read_card(best).config == configuration
     assert configuration["epochs"] == 2
     assert done.stderr.count("not tracked: ") == 1
-    assert re.search(r"^waited for data \d+\.\d % of the training steps", done.stderr, re.MULTILINE)
+    assert re.search(
+        r"^waited for data in \d+\.\d % of the training time", done.stderr, re.MULTILINE
+    )
     assert done.stdout.count("\nepoch ") + done.stdout.startswith("epoch ") == 2
     assert f"best: {best} (mIoU " in done.stdout
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", [n for n in list_models() if n != "efficientvit_tiny"])
-def test_a_second_run_starts_at_once_without_any_source(rendered, tmp_path, name):
-    """The raw data may be gone and the Hub out of reach; every script finds what one of them made.
+def test_a_second_run_needs_no_source(rendered, tmp_path, name):
+    """All scripts use the same shards, without raw data or network.
 
-    What is left is what `torch.load` opens and `load_model` rebuilds.
+    `torch.load` opens the model file, and `load_model` rebuilds the network.
     """
     path, *_ = rendered
     done = run(
@@ -93,11 +90,11 @@ def test_a_second_run_starts_at_once_without_any_source(rendered, tmp_path, name
     assert all(type(v) is torch.Tensor and v.is_contiguous() for v in weights.values())
     model = load_model(best)
     assert model.state_dict().keys() == weights.keys()
-    assert model.card["preprocessing"] == "none"
+    assert model.card.preprocessing == "none"
 
 
 @pytest.mark.integration
-def test_a_pipeline_stage_and_a_script_come_to_the_same_bytes(rendered, tmp_path):
+def test_a_pipeline_stage_and_a_script_write_the_same_bytes(rendered, tmp_path):
     path, out, _ = rendered
     done = run(
         *("-m", "pipeline.train", "--model", "efficientvit_tiny", "--shards", path / "shards"),
@@ -110,68 +107,14 @@ def test_a_pipeline_stage_and_a_script_come_to_the_same_bytes(rendered, tmp_path
             assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("name", list_models())
-def test_a_device_that_is_not_there_is_told_before_any_data_are_fetched(tmp_path, name):
-    done = run(SCRIPTS[name], "--data-dir", tmp_path / "data", "--device", "cuda")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_missing_device_is_reported_before_any_download(tmp_path):
+    done = run(SCRIPTS["ellipse"], "--data-dir", tmp_path / "data", "--device", "cuda")
     assert done.returncode == 2
-    assert "device 'cuda' is not there" in done.stderr
+    assert "device 'cuda' is not available" in done.stderr
     assert "--device cpu" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
-
-
-def test_metrics_are_deferred_for_the_micro_network_on_cuda_alone(monkeypatch):
-    """And as asked where something is asked for."""
-    monkeypatch.setattr(train_flags, "find_device", lambda name: torch.device(name or "cpu"))
-    parser = argparse.ArgumentParser()
-    train_flags.add_train_arguments(parser)
-
-    def deferred(model, *flags):
-        return config_from(parser.parse_args(flags), model).defer_metrics
-
-    assert deferred("efficientvit_tiny", "--device", "cuda")
-    assert not deferred("efficientvit_tiny", "--device", "cpu")
-    assert not deferred("efficientvit", "--device", "cuda")
-    assert not deferred("efficientvit_tiny", "--device", "cuda", "--no-defer-metrics")
-    assert deferred("ellipse", "--device", "cpu", "--defer-metrics")
-
-
-def test_every_switch_of_the_fast_path_reaches_the_configuration():
-    parser = argparse.ArgumentParser()
-    train_flags.add_train_arguments(parser)
-    for name in ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last"):
-        flag = f"--no-{name.replace('_', '-')}"
-        assert not getattr(config_from(parser.parse_args([flag]), "ellipse"), name)
-        assert getattr(config_from(parser.parse_args([]), "ellipse"), name)
-
-
-@pytest.mark.parametrize(
-    ("flags", "device", "expected"),
-    [
-        ([], "cpu", (4, 0.01)),
-        ([], "cuda", (32, 0.01 * 8**0.5)),
-        (["--batch-size", "16"], "cpu", (16, 0.02)),
-        (["--batch-size", "16", "--lr", "0.5"], "cuda", (16, 0.5)),
-    ],
-    ids=str,
-)
-def test_batch_and_rate_suit_the_device_and_each_other(monkeypatch, flags, device, expected):
-    monkeypatch.setattr(train_flags, "find_device", lambda _name: torch.device(device))
-    parser = argparse.ArgumentParser()
-    train_flags.add_train_arguments(parser)
-    config = config_from(parser.parse_args(flags), "efficientvit")
-    assert (config.batch_size, config.lr) == pytest.approx(expected)
-
-
-def test_few_frames_make_small_batches_that_all_processes_can_share():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_batch_size(cuda, 8916) == 32
-    assert default_batch_size(cuda, 19) == 2
-    assert default_batch_size(cpu, 19) == 2
-    assert default_batch_size(cpu, 3) == 1
-    assert default_batch_size(cpu, 3, processes=2) == 2
-    assert default_batch_size(cuda, 8916, processes=3) == 30
 
 
 # Tracking
@@ -179,11 +122,7 @@ def test_few_frames_make_small_batches_that_all_processes_can_share():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shards")
-    eyes = Eyes(train=4, validation=3)
-    for split in ("train", "validation"):
-        write_shards(eyes, split, path / split)
-    return path
+    return write_eyes(tmp_path_factory.mktemp("shards"), train=4, validation=3)
 
 
 def train_line(shards, out, *flags, model="efficientvit"):
@@ -256,7 +195,7 @@ def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, de
 
 
 @pytest.mark.integration
-def test_a_killed_run_goes_on_in_the_same_mlflow_run(server, shards, tmp_path):
+def test_a_killed_run_resumes_in_the_same_mlflow_run(server, shards, tmp_path):
     client = client_of(server)
     experiment = client.create_experiment("killed")
     out, model = tmp_path / "out", "efficientvit_tiny"
@@ -275,7 +214,7 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(server, shards, tmp_path):
 
 @pytest.mark.integration
 def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(shards, tmp_path):
-    """The run ends as if nothing were; one command sends what was missed."""
+    """The run finishes normally, and one command uploads the missing data."""
     folder = tmp_path / "server"
     folder.mkdir()
     server = Server(folder)
@@ -307,7 +246,7 @@ def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(shards, tmp_pa
         server.kill()
 
 
-def test_a_damaged_state_is_told_before_anything_is_tracked(tmp_path):
+def test_a_damaged_state_is_reported_before_tracking_starts(tmp_path):
     state = tmp_path / "efficientvit_training_state.pt"
     state.write_bytes(b"no archive")
     with pytest.raises(CheckpointError, match="damaged"):

@@ -1,17 +1,17 @@
-"""A run's state: all of it comes back, and comes back where it belongs."""
+"""The training state: every part is stored and restored."""
 
 import torch
 
 from pupilseg.model_files.checkpoint import save_state
-from pupilseg.runtime.host_copy import Snapshot
+from pupilseg.runtime.host_copy import HostCopy
 from pupilseg.train.config import TrainConfig
-from pupilseg.train.state import Run
+from pupilseg.train.state import TrainState
 
 CPU = torch.device("cpu")
 
 
-def run_of(seed):
-    return Run(TrainConfig(model="efficientvit_tiny", epochs=3, seed=seed), CPU, 6, card={})
+def new_state(seed=0):
+    return TrainState(TrainConfig(model="efficientvit_tiny", epochs=3, seed=seed), CPU, 6)
 
 
 def tensors(tree, path=()):
@@ -26,31 +26,33 @@ def tensors(tree, path=()):
             yield from tensors(value, (*path, key))
 
 
-def lived_in(run):
-    """Gives every part of a run a value that no fresh run has."""
-    for parameter in run.model.parameters():
+def changed(state):
+    """Gives every part of a state a value that a new state does not have."""
+    for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    run.optimizer.step()
-    for buffer in run.model.buffers():
+    state.optimizer.step()
+    for buffer in state.model.buffers():
         buffer.add_(1)
-    run.averaged.update()
-    run.averaged.flat += 0.5
-    run.best_flat -= 0.25
-    run.best_iou.fill_(0.75)
-    run.best_epoch.fill_(1)
-    run.rows.normal_()
-    torch.rand(3, generator=run.random)
-    run.epoch, run.step = 2, 4
-    return run
+    state.average.update()
+    for value in state.average.network.state_dict().values():
+        value.add_(1)
+    for value in state.best_weights.values():
+        value.sub_(1)
+    state.best_iou.fill_(0.75)
+    state.best_epoch.fill_(1)
+    state.rows.normal_()
+    torch.rand(3, generator=state.random)
+    state.epoch, state.step = 2, 4
+    return state
 
 
-def test_a_state_read_back_is_the_state_that_was_written(tmp_path):
-    written = lived_in(run_of(0))
-    state = Snapshot(written.state()).read()
+def test_a_restored_state_equals_the_written_one(tmp_path):
+    written = changed(new_state())
+    state = HostCopy(written.state_dict()).read()
     save_state(tmp_path / "x_training_state.pt", state)
-    fresh = run_of(0)
+    fresh = new_state()
     fresh.restore(tmp_path / "x_training_state.pt")
-    again = Snapshot(fresh.state()).read()
+    again = HostCopy(fresh.state_dict()).read()
     expected, found = dict(tensors(state)), dict(tensors(again))
     assert expected.keys() == found.keys()
     for path, tensor in expected.items():
@@ -59,24 +61,27 @@ def test_a_state_read_back_is_the_state_that_was_written(tmp_path):
     assert {name: state[name] for name in plain} == {name: again[name] for name in plain}
 
 
-def test_two_fresh_runs_differ_in_what_the_test_above_compares():
-    """Else it could not fail."""
-    fresh, lived = (dict(tensors(r.state())) for r in (run_of(0), lived_in(run_of(0))))
-    same = [path for path, tensor in fresh.items() if torch.equal(tensor, lived[path])]
-    assert {path[0] for path in lived} >= {"model", "averaged", "best", "random", "rows"}
+def test_new_and_changed_states_differ_in_every_tensor():
+    """Otherwise the test above could not fail."""
+    states = (new_state(), changed(new_state()))
+    before, after = (dict(tensors(state.state_dict())) for state in states)
+    same = [path for path, tensor in before.items() if torch.equal(tensor, after[path])]
+    assert {path[0] for path in after} >= {"model", "averaged", "best", "random", "rows"}
     assert same == []
 
 
-def test_the_best_weights_are_kept_by_a_select():
-    run = run_of(0)
+def test_the_weights_of_the_best_epoch_are_kept():
+    state = new_state()
     kept = []
     for epoch, pupil in enumerate((0.2, 0.9, 0.5)):
-        run.averaged.flat.fill_(float(epoch))
-        names = list(run.metrics.names)
-        row = run.rows[epoch, 1]
+        for value in state.average.network.state_dict().values():
+            value.fill_(epoch)
+        names = list(state.metrics.names)
+        row = state.rows[epoch, 1]
         for name, value in (("union", 1.0), ("intersection", pupil)):
             row[names.index(f"pupil_{name}")] = value
             row[names.index(f"background_{name}")] = 1.0
-        run.end_epoch()
-        kept.append((int(run.best_epoch), float(run.best_iou), float(run.best_flat[0])))
-    assert kept == [(1, 0.6, 0.0), (2, 0.95, 1.0), (2, 0.95, 1.0)]
+        state.end_epoch()
+        values = {float(value.max()) for value in state.best_weights.values()}
+        kept.append((int(state.best_epoch), float(state.best_iou), values))
+    assert kept == [(1, 0.6, {0.0}), (2, 0.95, {1.0}), (2, 0.95, {1.0})]
