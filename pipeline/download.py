@@ -1,4 +1,4 @@
-"""Puts a data source in place once: python -m pipeline.download --source SRC --out DIR."""
+"""Downloads a data source once: python -m pipeline.download --source SRC --out DIR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pupilseg.sources import FORMS, SourceOptions, download
 
 
 def parse_args() -> argparse.Namespace:
-    """Returns the command line's arguments."""
+    """Parses the command line."""
     default = SourceOptions()
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.download",
@@ -21,9 +21,9 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--source", required=True, help="what to put in place, see below")
+    parser.add_argument("--source", required=True, help="the data source, see below")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
-    parser.add_argument("--out", required=True, type=Path, help="data directory, one a source")
+    parser.add_argument("--out", required=True, type=Path, help="output directory, one per source")
     parser.add_argument(
         "--augmented-train",
         action=switch,
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         "--augmented-validation",
         action=switch,
         default=default.augmented_validation,
-        help="keep them in validation (default: no)",
+        help="keep these rows in validation (default: no)",
     )
     parser.add_argument(
         "--resize",
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
         "--validation-fraction",
         type=float,
         default=default.validation_fraction,
-        help="share held out where the source has no splits (default: %(default)s)",
+        help="share held out if the source has no splits (default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=default.seed, help="series of rendered eyes (default: 0)"
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Downloads, or finds it done, and says what is there."""
+    """Downloads the source unless that was done before, and prints the number of frames."""
     args = parse_args()
     options = SourceOptions(**{f.name: getattr(args, f.name) for f in fields(SourceOptions)})
     path = download(args.source, args.out, revision=args.revision, options=options)

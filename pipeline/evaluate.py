@@ -1,4 +1,4 @@
-"""Scores a model on a split: metrics, a row a frame, curves, and a page of pictures.
+"""Scores a model on a split: metrics, one row per frame, curves, and a report with pictures.
 
 python -m pipeline.evaluate --model FILE.pt|FILE.onnx --shards DIR/validation --out DIR
                             [--history FILE] [--device NAME] [--batch-size N]
@@ -14,7 +14,7 @@ from pupilseg.evaluate.evaluation import evaluate_model
 
 
 def main() -> None:
-    """Parses the command line, evaluates, and says where the report is."""
+    """Parses the command line, evaluates, and prints a summary and the report's path."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.evaluate",
         description="Score a model file on the frames of a split.",
@@ -25,11 +25,15 @@ def main() -> None:
         "--out",
         type=Path,
         required=True,
-        help="gets metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv, report.html",
+        help="output directory for metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv "
+        "and report.html",
     )
-    parser.add_argument("--history", type=Path, help="history.csv of the training, to be drawn")
     parser.add_argument(
-        "--device", help="for torch: cpu, cuda, cuda:N or mps (default: what is there)"
+        "--history", type=Path, help="history file of the training run, drawn in the report"
+    )
+    parser.add_argument(
+        "--device",
+        help="for torch: auto, cpu, cuda, cuda:N or mps (default: auto: cuda if available)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
     args = parser.parse_args()
@@ -43,8 +47,8 @@ def main() -> None:
     )
     print(
         f"{metrics['model']} on {metrics['frames']} frames: pupil IoU {metrics['pupil_iou']:.4f}, "
-        f"mIoU {metrics['miou']:.4f}, centre {metrics['center_error_px_median']:.2f} px off in the "
-        f"median, {100 * metrics['within_5px_share']:.1f} % within 5 px"
+        f"mIoU {metrics['miou']:.4f}, median center error {metrics['center_error_px_median']:.2f} "
+        f"px, {100 * metrics['within_5px_share']:.1f} % within 5 px"
     )
     if metrics["blinks"]:
         print(

@@ -1,4 +1,4 @@
-"""Writes a trained network as ONNX, parity checked.
+"""Exports a trained network and compares the result with torch.
 
 python -m pipeline.export --model FILE.pt --out FILE.onnx [--calibrate DIR/validation]
 """
@@ -9,28 +9,31 @@ import argparse
 from pathlib import Path
 
 from pupilseg.cli.program import main_program
-from pupilseg.export.onnx import export_onnx
+from pupilseg.export import EXPORTERS, export_model
 
 
 def main() -> None:
-    """Parses the command line and exports."""
+    """Parses the command line, exports, and prints the size and the largest difference."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export", description="Export a trained network to ONNX."
+        prog="python -m pipeline.export",
+        description="Export a trained network to ONNX or safetensors.",
     )
     parser.add_argument("--model", type=Path, required=True, help="a model file (*.pt)")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write (*.onnx)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"file to write: *{', *'.join(EXPORTERS)}"
+    )
     parser.add_argument(
         "--calibrate",
         type=Path,
         metavar="DIR",
-        help="shards of the validation split: confidence becomes the probability that the centre "
-        "is within 5 px (without: a raw score)",
+        help="shards of the validation split; calibrates confidence to the probability that the "
+        "center is within 5 px (default: a raw score)",
     )
     args = parser.parse_args()
-    report = export_onnx(args.model, args.out, calibrate_on=args.calibrate)
+    report = export_model(args.model, args.out, calibrate_on=args.calibrate)
     print(
-        f"{args.out}: {report['bytes']:,} bytes, differs from torch by at most "
-        f"{report['parity']:.1e} of the largest output (batches of 1, 2 and 7)"
+        f"{args.out}: {report.bytes:,} bytes, differs from torch by at most "
+        f"{report.parity:.1e} of the largest output (batches of 1, 2 and 7)"
     )
 
 

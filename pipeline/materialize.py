@@ -1,4 +1,4 @@
-"""Makes the shards of a downloaded source: OUT/train and OUT/validation.
+"""Builds the shards of a downloaded source: OUT/train and OUT/validation.
 
 python -m pipeline.materialize --raw DIR --out DIR [--workers N] [--preprocessing NAME]
                                [--max-bad N] [--rows-per-shard N]
@@ -16,25 +16,29 @@ from pupilseg.shards.writer import MAX_FILES, ROWS_PER_SHARD
 
 
 def main() -> None:
-    """Parses the command line and writes the shards."""
+    """Parses the command line, builds the shards, and prints their sizes."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.materialize",
-        description="Make the shards of a downloaded source. Killed and run again, it goes on.",
+        description="Build the shards of a downloaded source. An interrupted run resumes.",
     )
-    parser.add_argument("--raw", type=Path, required=True, help="what pipeline.download wrote")
-    parser.add_argument("--out", type=Path, required=True, help="gets train/ and validation/")
-    parser.add_argument("--workers", type=int, help="processes (default: one a processor)")
+    parser.add_argument(
+        "--raw", type=Path, required=True, help="output directory of pipeline.download"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output directory for train/ and validation/"
+    )
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per CPU)")
     parser.add_argument(
         "--preprocessing",
         default=NONE,
         choices=list(PREPROCESSINGS),
-        help="applied to each image, unless the source already did (default: %(default)s)",
+        help="applied to each image unless the source already did (default: %(default)s)",
     )
     parser.add_argument(
         "--max-bad",
         type=int,
         default=0,
-        help="samples of a split that may be bad: left out, counted and named (default: 0)",
+        help="bad samples per split that are skipped, counted and named (default: 0)",
     )
     parser.add_argument(
         "--rows-per-shard",
@@ -52,7 +56,7 @@ def main() -> None:
     )
     for split, manifest in manifests.items():
         size = sum(entry["bytes"] for entry in manifest["files"])
-        skipped = f", {len(manifest['skipped'])} bad left out" if manifest["skipped"] else ""
+        skipped = f", {len(manifest['skipped'])} bad skipped" if manifest["skipped"] else ""
         print(
             f"{split}: {manifest['rows']} samples, {size / manifest['rows'] / 1e6:.2f} MB each, "
             f"{len(manifest['files'])} files{skipped}"

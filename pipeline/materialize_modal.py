@@ -1,4 +1,4 @@
-"""Makes the shards of a source in many containers, in the volume that training reads.
+"""Builds the shards of a data set in many containers, in the volume that training reads.
 
 modal run pipeline/materialize_modal.py [--dataset SRC] [--data-dir DIR] [--rows-per-shard N]
 """

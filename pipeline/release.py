@@ -1,4 +1,4 @@
-"""Puts weights from rendered eyes into the package, with their card.
+"""Releases weights trained on rendered eyes: adds them to the package, with a model card.
 
 python -m pipeline.release --model FILE.pt --shards DIR/validation [--remarks FILE.md] [--out DIR]
 """
@@ -14,16 +14,19 @@ from pupilseg.weights import WEIGHTS_DIR
 
 
 def main() -> None:
-    """Parses the command line and releases."""
+    """Parses the command line, releases, and prints the scores."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.release", description="Release weights from rendered eyes."
+        prog="python -m pipeline.release",
+        description="Add weights trained on rendered eyes to the package.",
     )
     parser.add_argument("--model", type=Path, required=True, help="a model file (*.pt)")
     parser.add_argument(
-        "--shards", type=Path, required=True, help="rendered validation frames, to calibrate on"
+        "--shards", type=Path, required=True, help="rendered validation frames for the calibration"
     )
-    parser.add_argument("--remarks", type=Path, help="Markdown that goes into the card")
-    parser.add_argument("--out", type=Path, default=WEIGHTS_DIR, help="default: the package's")
+    parser.add_argument("--remarks", type=Path, help="Markdown file to include in the model card")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS_DIR, help="default: the folder in the package"
+    )
     args = parser.parse_args()
     remarks = args.remarks.read_text(encoding="utf-8") if args.remarks else ""
     entry = release(args.model, args.shards, args.out, remarks)

@@ -1,4 +1,4 @@
-"""Prints what a finished pipeline made: scores, and where reports and models lie.
+"""Prints the results of a finished pipeline: scores, and paths of reports and models.
 
 python -m pipeline.summarize DIR        # demo, or . for the pipeline on real data
 """
@@ -14,18 +14,19 @@ from pupilseg.files import read_json
 
 
 def main() -> None:
-    """Parses the command line and prints a line a network."""
+    """Parses the command line and prints one line per network."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.summarize", description="Print scores and where the files lie."
+        prog="python -m pipeline.summarize",
+        description="Print the scores and files of all networks.",
     )
-    parser.add_argument("dir", type=Path, help="holds models/ and reports/")
+    parser.add_argument("dir", type=Path, help="directory with models/ and reports/")
     args = parser.parse_args()
     found = sorted(args.dir.glob("reports/*/metrics.json"))
     if not found:
         raise DataError(
             f"{args.dir} holds no reports/*/metrics.json; run `make demo` or `dvc repro` first"
         )
-    print(f"\n{'network':<18} {'frames':>6} {'mIoU':>7} {'pupil IoU':>10} {'centre px':>10}")
+    print(f"\n{'network':<18} {'frames':>6} {'mIoU':>7} {'pupil IoU':>10} {'center px':>10}")
     for path in found:
         metrics = read_json(path, hint="run `dvc repro` again")
         center = metrics["center_error_px_mean"]

@@ -10,24 +10,27 @@ from functools import partial
 from pathlib import Path
 
 from pupilseg.cli.program import main_program
-from pupilseg.cli.train import add_train_arguments, train_as_asked
+from pupilseg.cli.train import run_training
+from pupilseg.cli.train_flags import add_train_flags
 from pupilseg.models import list_models, model_entry
 
 
 def main() -> int:
-    """Parses the command line and trains."""
+    """Parses the command line and trains; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.train", description="Train a network on materialized shards."
     )
     parser.add_argument("--model", required=True, help=", ".join(list_models()))
-    parser.add_argument("--shards", type=Path, required=True, help="holds train/ and validation/")
-    parser.add_argument("--out", type=Path, required=True, help="gets checkpoints and history")
-    add_train_arguments(parser)
+    parser.add_argument(
+        "--shards", type=Path, required=True, help="directory with train/ and validation/"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output directory for checkpoints and history"
+    )
+    add_train_flags(parser)
     args = parser.parse_args()
     model_entry(args.model)
-    return train_as_asked(
-        args, args.model, args.out, lambda: args.shards, partial(print, flush=True)
-    )
+    return run_training(args, args.model, args.out, lambda: args.shards, partial(print, flush=True))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the local training scripts share: where data come from, and where checkpoints go."""
+"""The command line of the local training scripts: data directory, output directory, training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from pupilseg.cli.train import add_train_arguments, train_as_asked
+from pupilseg.cli.train import run_training
+from pupilseg.cli.train_flags import add_train_flags
 from pupilseg.prepare import DATASET, ensure_shards
 from pupilseg.preprocess import NONE, PREPROCESSINGS
 
@@ -14,13 +15,13 @@ DATA_DIR = "~/.cache/openeds"
 
 
 def main(model: str) -> int:
-    """Parses the command line and trains the network of that name; returns the exit code."""
+    """Parses the command line and trains the named network; returns the exit code."""
     parser = argparse.ArgumentParser(description=f"Train {model} on this machine.")
     parser.add_argument(
         "--data-dir",
         type=lambda text: Path(text).expanduser(),
         default=Path(DATA_DIR).expanduser(),
-        help=f"holds one data set; filled on first use (default: {DATA_DIR})",
+        help=f"directory for one data set, filled on first use (default: {DATA_DIR})",
     )
     parser.add_argument(
         "--dataset",
@@ -31,17 +32,17 @@ def main(model: str) -> int:
         "--preprocessing",
         default=NONE,
         choices=list(PREPROCESSINGS),
-        help="applied to each image once (default: %(default)s)",
+        help="applied once to each image (default: %(default)s)",
     )
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=Path("checkpoints"),
-        help="gets the checkpoints (default: ./checkpoints)",
+        help="directory for the checkpoints (default: ./checkpoints)",
     )
-    add_train_arguments(parser)
+    add_train_flags(parser)
     args = parser.parse_args()
-    return train_as_asked(
+    return run_training(
         args,
         model,
         args.output_dir,

@@ -1,4 +1,4 @@
-"""Trains TinyEfficientViT on a rented GPU, and brings the files back.
+"""Trains TinyEfficientViT on a rented GPU and downloads the resulting files.
 
 modal run training/train_efficientvit.py [--epochs N] [--gpu A100,H100] [--output-dir DIR] [...]
 """

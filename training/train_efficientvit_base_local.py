@@ -1,4 +1,4 @@
-"""Trains TinyEfficientViT-Base on this machine: downloads and materializes on first use.
+"""Trains TinyEfficientViT-Base on this machine; downloads and materializes the data on first use.
 
 python training/train_efficientvit_base_local.py --data-dir ~/.cache/openeds [--dataset SRC] [...]
 """

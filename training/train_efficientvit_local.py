@@ -1,4 +1,4 @@
-"""Trains TinyEfficientViT on this machine: downloads and materializes on first use, then trains.
+"""Trains TinyEfficientViT on this machine; downloads and materializes the data on first use.
 
 python training/train_efficientvit_local.py --data-dir ~/.cache/openeds [--dataset SRC] [...]
 """

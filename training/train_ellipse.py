@@ -1,4 +1,4 @@
-"""Trains the ellipse regressor on a rented GPU, and brings the files back.
+"""Trains the ellipse regressor on a rented GPU and downloads the resulting files.
 
 modal run training/train_ellipse.py [--epochs N] [--gpu A100,H100] [--output-dir DIR] [...]
 """

@@ -1,4 +1,4 @@
-"""Trains the ellipse regressor on this machine: downloads and materializes on first use.
+"""Trains the ellipse regressor on this machine; downloads and materializes the data on first use.
 
 python training/train_ellipse_local.py --data-dir ~/.cache/openeds [--dataset SRC] [...]
 """

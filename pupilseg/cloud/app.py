@@ -1,12 +1,12 @@
-"""Rented GPUs: what Modal runs, on what, and the command line that starts it.
+"""Modal apps: hardware, images and volumes, and the functions that run in containers.
 
-The one module that imports modal. It is imported twice: on a machine that has nothing but modal
-installed, for the command line, and in the container, where modal looks its functions up by name.
-So its own imports are the standard library and modal; what needs more is in `cloud_jobs`, imported
-where it runs.
+The only module that imports modal. It is imported on a machine with nothing but modal installed,
+for the command line, and in the container, where modal looks its functions up by name. Its own
+imports are therefore the standard library, modal and light modules of pupilseg; `cloud.jobs`, which
+needs more, is imported in the functions.
 
-Volume openeds-dataset-cache  a data directory: shards/, raw/ and the Hub's cache; or one a folder
-Volume pupilseg-checkpoints   a folder for each run, with the files of a local run and result.json
+Volume openeds-dataset-cache  data directories: shards/, raw/ and the Hub's cache
+Volume pupilseg-checkpoints   one folder per run, with the files of a local run and result.json
 """
 
 from __future__ import annotations
@@ -17,75 +17,41 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import modal
 
-from pupilseg.cloud.client import (
-    bring,
-    checked,
-    errors_told,
-    folder_prefix,
-    initial_file,
-    present,
-    read_flags,
-    remote_dataset,
-    result_of,
-    run_name,
-    send_initial,
-)
+from pupilseg.cloud import client
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
     from pupilseg.cloud.jobs import Data
 
 PYTHON = "3.11"
 SYSTEM_LIBRARIES = ("libgl1", "libglib2.0-0")
-"""What the wheel of OpenCV links to and a slim image lacks."""
+"""Libraries that OpenCV's wheel links to and a slim image lacks."""
 PACKAGES = (
     *("filelock", "numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML"),
     *("torch", "safetensors", "huggingface_hub", "mlflow", "matplotlib"),
     *("onnx", "onnxscript", "onnxruntime"),
 )
 HOME = Path(__file__).resolve().parents[2]
-"""The clone; in the container /root, where Modal puts source."""
+"""The checkout; in the container /root, where Modal puts source."""
 CONTAINER_HOME = "/root"
 PARAMS, CONSTRAINTS = "params.yaml", "constraints.txt"
 DATA_VOLUME, DATA = "openeds-dataset-cache", "/data"
 CHECKPOINT_VOLUME, CHECKPOINTS = "pupilseg-checkpoints", "/checkpoints"
-GPUS = "L40S,A100,H100"
-"""Tried in this order."""
 HOUR = 3600
 COMMIT_SECONDS = 10
-"""A container that is lost costs at most this much of training, besides the epoch under way."""
+"""A lost container costs at most this much training, besides the current epoch."""
 CPU_WORKERS, GPU_WORKERS = 8, 4
 BUILDERS = 5
-"""Containers that make shards at once: a bound on what a run costs in an hour."""
-
-_DATA_FLAGS = {
-    "dataset": "owner/name[@revision] or synthetic:N[@seed] (default: shards that were put into "
-    "the volume, else the source in params.yaml)",
-    "data_dir": f"folder of the volume {DATA_VOLUME} that holds the data set",
-    "secret": "names of Modal secrets, such as mlflow,huggingface (default: none)",
-}
-TRAIN_FLAGS = _DATA_FLAGS | {
-    "epochs": "default: as in params.yaml",
-    "batch_size": "default: as in params.yaml",
-    "lr": "peak learning rate (default: as in params.yaml)",
-    "seed": "default: as in params.yaml",
-    "gpu": "kinds to try, in this order",
-    "output_dir": "gets the checkpoints and the ONNX file",
-    "resume": f"go on with a run of the volume {CHECKPOINT_VOLUME}, or bring its files",
-    "init": "start from the weights of a model file of this machine, or: pretrained",
-    "limit": "use the first N frames of each split",
-    "augment": "change the frames at random (default: yes)",
-    "compile": "torch.compile (default: yes)",
-}
-MATERIALIZE_FLAGS = _DATA_FLAGS | {"rows_per_shard": "default: as pipeline.materialize"}
+"""Containers that build shards at the same time; limits the cost per hour."""
 
 data_volume = modal.Volume.from_name(DATA_VOLUME, create_if_missing=True)
 checkpoint_volume = modal.Volume.from_name(CHECKPOINT_VOLUME, create_if_missing=True)
 
 
 def make_image() -> modal.Image:
-    """Returns what containers run: pinned packages, this library as it is here, `params.yaml`."""
+    """Returns the image: pinned packages, the local source of this library, and `params.yaml`."""
     lines = (HOME / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
     versions = dict(line.split("==") for line in lines)
     constraints = f"{CONTAINER_HOME}/{CONSTRAINTS}"
@@ -104,7 +70,7 @@ def make_image() -> modal.Image:
 
 
 class TrainingApp(NamedTuple):
-    """An app that trains one network; a script unpacks it, since modal looks for globals."""
+    """An app that trains one network. Scripts unpack it, because modal looks for global names."""
 
     app: modal.App
     prepare: modal.Function[..., Any, Any]
@@ -113,7 +79,7 @@ class TrainingApp(NamedTuple):
 
 
 class MaterializingApp(NamedTuple):
-    """An app that makes shards in many containers."""
+    """An app that builds shards in many containers."""
 
     app: modal.App
     fetch: modal.Function[..., Any, Any]
@@ -125,51 +91,38 @@ class MaterializingApp(NamedTuple):
 def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
     """Returns the app that trains a network.
 
+    Hardware and secrets must be known when the app is created, so the command line is parsed here,
+    before modal calls the entrypoint. Errors and `--help` end the program here too.
+
     Args:
         model: name in `pupilseg.models`.
         argv: the command line.
     """
+    words = client.words_after(f"train_{model}", argv)
+    with client.errors_reported():
+        args, flags = client.parse_training(model, words, DATA_VOLUME, CHECKPOINT_VOLUME)
 
-    def main(
-        *,
-        epochs: int | None = None,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        seed: int | None = None,
-        gpu: str = GPUS,
-        dataset: str | None = None,
-        data_dir: str = "/",
-        output_dir: str = "checkpoints",
-        resume: str | None = None,
-        init: str | None = None,
-        limit: int | None = None,
-        augment: bool = True,
-        compile: bool = True,
-        secret: str | None = None,
-    ) -> None:
-        values = {"epochs": epochs, "batch-size": batch_size, "lr": lr, "seed": seed}
-        values["limit"] = limit
-        flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
-        flags += ["--no-augment"] * (not augment) + ["--no-compile"] * (not compile)
-        with errors_told():
-            data = (remote_dataset(dataset, DATA_VOLUME), folder_prefix(data_dir))
-            run = run_name(model, resume, checkpoint_volume, CHECKPOINT_VOLUME)
-            result = result_of(checkpoint_volume, run)
+    def main(*_words: str) -> None:
+        with client.errors_reported():
+            data = _remote_data(args)
+            run = client.run_name(model, args.resume, checkpoint_volume, CHECKPOINT_VOLUME)
+            result = client.result_of(checkpoint_volume, run)
             if result is None:
-                if init is not None:
-                    send_initial(checkpoint_volume, run, initial_file(model, init))
-                print(f"run {run} on {gpu}; to go on if it is cut off: --resume {run}", flush=True)
-                if not present(data_volume, f"{data[1]}/shards/validation/manifest.json"):
-                    checked(prepare.remote(model, flags, *data))
-                result = checked(train.remote(model, run, flags, *data))
-            _tell(result, bring(checkpoint_volume, run, result, Path(output_dir)))
+                if args.init is not None:
+                    initial = client.initial_file(model, args.init)
+                    client.upload_initial(checkpoint_volume, run, initial)
+                print(f"run {run} on {args.gpu}; to resume it: --resume {run}", flush=True)
+                if not client.exists(data_volume, f"{data[1]}/shards/validation/manifest.json"):
+                    client.checked(prepare.remote(model, flags, *data))
+                result = client.checked(train.remote(model, run, flags, *data))
+            paths = client.download_files(checkpoint_volume, run, result, args.output_dir)
+            _print_result(result, paths)
 
-    asked = read_flags(main, TRAIN_FLAGS, argv, f"training/train_{model}.py")
-    secrets = _secrets(asked["secret"])
     app = modal.App(f"pupilseg-{model.replace('_', '-')}", image=make_image(), include_source=False)
+    secrets = _secrets(args.secret)
     prepare = app.function(secrets=secrets, **_ON_CPU)(prepare_data)
     train = app.function(
-        gpu=_names(asked["gpu"]),
+        gpu=client.names(args.gpu),
         cpu=GPU_WORKERS,
         memory=16 * 1024,
         volumes={DATA: data_volume, CHECKPOINTS: checkpoint_volume},
@@ -182,17 +135,21 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
 
 
 def _entrypoint(app: modal.App, main: Callable[..., None]) -> modal.app.LocalEntrypoint:
-    """Makes a function an app's command line.
+    """Makes a local function the app's entrypoint; its `*words` let modal accept any flag.
 
-    Modal takes no function that a container could not import, by its qualified name; but this one
-    never leaves the machine that asks.
+    Modal refuses functions whose qualified name a container could not import, but an entrypoint
+    never leaves this machine.
     """
     main.__qualname__ = main.__name__
     return app.local_entrypoint()(main)
 
 
-def _tell(result: dict[str, Any], paths: dict[str, Path]) -> None:
-    """Says what a run came to, and where its files are."""
+def _remote_data(args: argparse.Namespace) -> tuple[str | None, str]:
+    """Returns the data set and the volume's folder that were requested."""
+    return client.remote_dataset(args.dataset, DATA_VOLUME), client.folder_prefix(args.data_dir)
+
+
+def _print_result(result: dict[str, Any], paths: dict[str, Path]) -> None:
     metrics = result["metrics"]
     print("best epoch: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(
@@ -203,32 +160,27 @@ def _tell(result: dict[str, Any], paths: dict[str, Path]) -> None:
 
 
 def materializing_app(argv: Sequence[str]) -> MaterializingApp:
-    """Returns the app that makes the shards of a source in many containers.
+    """Returns the app that builds the shards of a data set in many containers.
 
     Args:
         argv: the command line.
     """
+    args = client.parse_materializing(client.words_after("materialize_modal", argv), DATA_VOLUME)
 
-    def main(
-        *,
-        dataset: str | None = None,
-        data_dir: str = "/",
-        rows_per_shard: int | None = None,
-        secret: str | None = None,
-    ) -> None:
-        with errors_told():
-            data = (remote_dataset(dataset, DATA_VOLUME), folder_prefix(data_dir), rows_per_shard)
-            parts = checked(fetch.remote(*data))["parts"]
+    def main(*_words: str) -> None:
+        with client.errors_reported():
+            data = (*_remote_data(args), args.rows_per_shard)
+            parts = client.checked(fetch.remote(*data))["parts"]
             calls = [(*part, *data) for part in parts]
             for done, answer in enumerate(build.starmap(calls, order_outputs=False), 1):
-                print(f"part {done} of {len(parts)}: {checked(answer)['rows']} frames", flush=True)
-            rows = checked(prepare.remote("efficientvit", [], *data))["rows"]
+                rows = client.checked(answer)["rows"]
+                print(f"part {done} of {len(parts)}: {rows} frames", flush=True)
+            rows = client.checked(prepare.remote("efficientvit", [], *data))["rows"]
             print(f"{rows['train']} training and {rows['validation']} validation frames")
-            print(f"bring them with: modal volume get {DATA_VOLUME} {data[1]}/shards FOLDER")
+            print(f"to download them: modal volume get {DATA_VOLUME} {data[1]}/shards FOLDER")
 
-    asked = read_flags(main, MATERIALIZE_FLAGS, argv, "pipeline/materialize_modal.py")
-    secrets = _secrets(asked["secret"])
     app = modal.App("pupilseg-materialize", image=make_image(), include_source=False)
+    secrets = _secrets(args.secret)
     fetch = app.function(secrets=secrets, **_ON_CPU)(fetch_source)
     build = app.function(secrets=secrets, **_ON_CPU, max_containers=BUILDERS)(build_shards)
     prepare = app.function(secrets=secrets, **_ON_CPU)(prepare_data)
@@ -245,13 +197,8 @@ _ON_CPU: dict[str, Any] = {
 }
 
 
-def _names(text: str | None) -> list[str]:
-    """Returns names that are separated by commas."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _secrets(text: str | None) -> list[modal.Secret]:
-    return [modal.Secret.from_name(name) for name in _names(text)]
+def _secrets(names: list[str]) -> list[modal.Secret]:
+    return [modal.Secret.from_name(name) for name in names]
 
 
 def prepare_data(
@@ -261,41 +208,41 @@ def prepare_data(
     folder: str,
     rows_per_shard: int | None = None,
 ) -> dict[str, Any]:
-    """Makes the shards in the data volume, unless they are there; checks a run's flags before."""
-    from pupilseg.cloud import jobs as cloud_jobs
+    """Checks a run's flags and builds its shards in the data volume if they are missing."""
+    from pupilseg.cloud import jobs
 
     data = _data(dataset, folder, CPU_WORKERS, rows_per_shard)
-    return _saved(lambda: cloud_jobs.prepare(data, model, flags))
+    return _saved(lambda: jobs.prepare(data, model, flags))
 
 
 def fetch_source(dataset: str | None, folder: str, rows_per_shard: int | None) -> dict[str, Any]:
-    """Downloads a source into the data volume and divides the making of its shards."""
-    from pupilseg.cloud import jobs as cloud_jobs
+    """Downloads a data set into the data volume and divides it into parts to build."""
+    from pupilseg.cloud import jobs
 
     data = _data(dataset, folder, CPU_WORKERS, rows_per_shard)
-    return _saved(lambda: cloud_jobs.fetch(data))
+    return _saved(lambda: jobs.fetch(data))
 
 
 def build_shards(
     split: str, start: int, stop: int, dataset: str | None, folder: str, rows_per_shard: int | None
 ) -> dict[str, Any]:
-    """Makes some shards of a fetched source in the data volume."""
-    from pupilseg.cloud import jobs as cloud_jobs
+    """Builds some shards of a downloaded data set in the data volume."""
+    from pupilseg.cloud import jobs
 
     data = _data(dataset, folder, CPU_WORKERS, rows_per_shard)
-    return _saved(lambda: cloud_jobs.write_shards_part(data, split, start, stop))
+    return _saved(lambda: jobs.write_shards_part(data, split, start, stop))
 
 
 def train_network(
     model: str, run: str, flags: list[str], dataset: str | None, folder: str
 ) -> dict[str, Any]:
-    """Trains and exports a network; a retry goes on where the container before was lost."""
-    from pupilseg.cloud import jobs as cloud_jobs
+    """Trains and exports a network; a retry resumes the run of a lost container."""
+    from pupilseg.cloud import jobs
 
     data = _data(dataset, folder, GPU_WORKERS)
     committed = time.monotonic()
 
-    def tell(line: str) -> None:
+    def print_line(line: str) -> None:
         nonlocal committed
         print(line, flush=True)
         if time.monotonic() - committed > COMMIT_SECONDS:
@@ -304,18 +251,18 @@ def train_network(
 
     try:
         run_dir = Path(CHECKPOINTS) / run
-        return _saved(lambda: cloud_jobs.train(data, model, flags, run_dir, tell))
+        return _saved(lambda: jobs.train(data, model, flags, run_dir, print_line))
     finally:
         checkpoint_volume.commit()
 
 
 def _saved(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a job on what the data volume holds now; keeps what it made there, failed or not."""
-    from pupilseg.cloud.jobs import answered
+    """Runs a job on the current content of the data volume, and commits its changes."""
+    from pupilseg.cloud.jobs import as_answer
 
     data_volume.reload()
     try:
-        return answered(job)
+        return as_answer(job)
     finally:
         data_volume.commit()
 
@@ -323,11 +270,11 @@ def _saved(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _data(
     dataset: str | None, folder: str, workers: int, rows_per_shard: int | None = None
 ) -> Data:
-    """Returns where a job finds its data."""
+    """Returns the description of a job's data."""
     from pupilseg.cloud.jobs import Data
 
     remove = " && ".join(
         f"modal volume rm -r {DATA_VOLUME} {folder}/{name}" for name in ("shards", "raw")
     )
-    mend = f"use another --data-dir, or remove what it holds: {remove}"
-    return Data(Path(DATA + folder), dataset, HOME / PARAMS, mend, workers, rows_per_shard)
+    hint = f"use another --data-dir, or remove the folder's content: {remove}"
+    return Data(Path(DATA + folder), dataset, HOME / PARAMS, hint, workers, rows_per_shard)

@@ -1,12 +1,12 @@
-"""What the machine that asks for a rented GPU does itself: names, checks, and bringing files back.
+"""The local side of `modal run`: command lines, checks, and downloading results.
 
-Nothing but modal need be installed there, so this module imports the standard library alone.
+A machine that only starts containers needs nothing installed but modal, so this module imports the
+standard library and light modules of pupilseg only.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 import secrets
@@ -16,52 +16,134 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pupilseg.cli.program import positive_int
+from pupilseg.cli.train_flags import add_config_flags, add_start_flags, config_from
 from pupilseg.errors import PupilSegError, UsageError
 from pupilseg.files import atomic_path
 from pupilseg.weights import initial_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import modal
 
+GPUS = "L40S,A100,H100"
+"""GPU types to try, in this order."""
 RESULT = "result.json"
-"""Written last into a run's folder: what the run came to, and its files."""
+"""Written last into a run's folder: the result of the run, and the names of its files."""
 INITIAL = "initial"
-"""In a run's folder: the model file whose weights it starts from, without its suffix."""
-_RUN = re.compile(r"\w[\w.-]*")
+"""Name, without suffix, of the model file in a run's folder whose weights the run starts from."""
+_RUN_NAME = re.compile(r"\w[\w.-]*")
 
 
-def read_flags(
-    main: Callable[..., None], meaning: Mapping[str, str], argv: Sequence[str], program: str
-) -> dict[str, Any]:
-    """Returns the flags of an entrypoint on a command line, unparsed, before modal parses them.
-
-    Hardware and secrets must be known when the app is made, and modal calls the entrypoint after
-    that. `--help` is answered here: modal's own lists the flags without their meaning.
+def words_after(script: str, argv: Sequence[str]) -> list[str]:
+    """Returns the words of a command line that follow a script; none in a container.
 
     Args:
-        main: the entrypoint; each parameter is a flag.
-        meaning: of each parameter.
-        argv: words of the command line; those of others are skipped.
-        program: shown by `--help`.
+        script: name without folder and suffix.
+        argv: such as `modal run --detach training/train_ellipse.py --epochs 3`.
     """
-    parser = argparse.ArgumentParser(prog=f"modal run {program}", allow_abbrev=False)
-    for name, parameter in inspect.signature(main).parameters.items():
-        flag, default = f"--{name.replace('_', '-')}", parameter.default
-        shown = f" (default: {default})" if isinstance(default, str) else ""
-        if isinstance(default, bool):
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=default, help=meaning[name])
-        else:
-            kind = "N" if "int" in parameter.annotation else name.split("_")[-1].upper()
-            parser.add_argument(flag, default=default, metavar=kind, help=meaning[name] + shown)
-    return vars(parser.parse_known_args(argv)[0])
+    for position, word in enumerate(argv):
+        if script in re.split(r"\W+", word.partition("::")[0]):
+            return list(argv[position + 1 :])
+    return []
+
+
+def parse_training(
+    model: str, words: Sequence[str], data_volume: str, checkpoint_volume: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the command line of a training app.
+
+    Args:
+        model: name in `pupilseg.models`.
+        words: that follow the script.
+        data_volume: name, for the help text.
+        checkpoint_volume: name, for the help text.
+
+    Returns:
+        All flags, parsed; and those of the training run itself, as the user typed them, which the
+        container parses again.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    modal_only = _data_flags(data_volume)
+    modal_only.add_argument(
+        "--gpu", default=GPUS, help="GPU types to try, in this order (default: %(default)s)"
+    )
+    modal_only.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("checkpoints"),
+        help="local directory for the checkpoints and the ONNX file (default: ./checkpoints)",
+    )
+    modal_only.add_argument(
+        "--resume",
+        metavar="RUN",
+        help=f"resume a run of the volume {checkpoint_volume}, or download its files",
+    )
+    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_config_flags(shared)
+    add_start_flags(shared)
+    parser = argparse.ArgumentParser(
+        prog=f"modal run training/train_{model}.py",
+        description=f"Train {model} on a rented GPU.",
+        epilog="Flags of the group `train` in params.yaml default to the values there.",
+        parents=[modal_only, shared],
+        allow_abbrev=False,
+    )
+    args = parser.parse_args(words)
+    config_from(args, model)
+    return args, modal_only.parse_known_args(words)[1]
+
+
+def parse_materializing(words: Sequence[str], data_volume: str) -> argparse.Namespace:
+    """Parses the command line of the app that builds shards."""
+    parser = argparse.ArgumentParser(
+        prog="modal run pipeline/materialize_modal.py",
+        description="Build the shards of a data set in many containers.",
+        parents=[_data_flags(data_volume)],
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--rows-per-shard",
+        type=positive_int,
+        metavar="N",
+        help="default: as pipeline.materialize",
+    )
+    return parser.parse_args(words)
+
+
+def _data_flags(data_volume: str) -> argparse.ArgumentParser:
+    """Returns a parent parser with the flags that every app has."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--dataset",
+        help="owner/name[@revision] or synthetic:N[@seed] (default: shards that were uploaded to "
+        "the volume, else the source in params.yaml)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        default="/",
+        help=f"folder of the volume {data_volume} that holds the data set (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--secret",
+        type=names,
+        default=[],
+        help="names of Modal secrets, such as mlflow,huggingface (default: none)",
+    )
+    return parser
+
+
+def names(text: str) -> list[str]:
+    """Splits a list of names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
-    """Ends the program with a line and an exit code for what the user can mend."""
+def errors_reported() -> Iterator[None]:
+    """Ends the program with a message and an exit code for errors that the user can fix."""
     try:
         yield
     except PupilSegError as error:
@@ -70,10 +152,10 @@ def errors_told() -> Iterator[None]:
 
 
 def checked(answer: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a job in a container answered.
+    """Returns the answer of a job in a container.
 
     Raises:
-        PupilSegError: the answer is an error, which keeps its exit code.
+        PupilSegError: the answer is an error; the exception has its exit code.
     """
     if "error" in answer:
         error = PupilSegError(answer["error"])
@@ -82,17 +164,17 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def remote_dataset(dataset: str | None, volume_name: str) -> str | None:
-    """Returns a data set that a container can have.
+def remote_dataset(dataset: str | None, data_volume: str) -> str | None:
+    """Returns a data set that a container can read.
 
     Raises:
         UsageError: it is a folder of this machine.
     """
     if dataset is not None and Path(dataset).expanduser().is_dir():
         raise UsageError(
-            f"--dataset {dataset} is a folder of this machine, which a container does not see; "
-            "make its shards here with pipeline.download and pipeline.materialize, then: "
-            f"modal volume put {volume_name} data/shards /shards"
+            f"--dataset {dataset} is a folder of this machine, which a container cannot read; "
+            "build its shards here with pipeline.download and pipeline.materialize, then run: "
+            f"modal volume put {data_volume} data/shards /shards"
         )
     return dataset
 
@@ -101,7 +183,7 @@ def folder_prefix(data_dir: str) -> str:
     """Returns a folder of a volume as a prefix of paths: "" or "/a/b".
 
     Raises:
-        UsageError: the path climbs.
+        UsageError: the path has "." or ".." in it.
     """
     parts = [part for part in data_dir.split("/") if part]
     if not {".", ".."}.isdisjoint(parts):
@@ -109,8 +191,8 @@ def folder_prefix(data_dir: str) -> str:
     return "".join(f"/{part}" for part in parts)
 
 
-def present(volume: modal.Volume, path: str) -> bool:
-    """Says whether a volume holds a file or folder."""
+def exists(volume: modal.Volume, path: str) -> bool:
+    """Returns True if a volume holds a file or folder."""
     at = PurePosixPath("/")
     for part in PurePosixPath("/", path).parts[1:]:
         if part not in {PurePosixPath(entry.path).name for entry in volume.listdir(str(at))}:
@@ -120,50 +202,52 @@ def present(volume: modal.Volume, path: str) -> bool:
 
 
 def run_name(model: str, resume: str | None, volume: modal.Volume, volume_name: str) -> str:
-    """Returns the name of the run to go on with, or a new one.
+    """Returns the name of the run to resume, or a new name.
 
     Raises:
-        UsageError: there is no such run, or it is one of another network.
+        UsageError: the run does not exist, or is one of another network.
     """
     if resume is None:
         return f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not _RUN.fullmatch(resume) or not present(volume, resume):
-        raise UsageError(f"there is no run {resume}; see: modal volume ls {volume_name}")
+    if not _RUN_NAME.fullmatch(resume) or not exists(volume, resume):
+        raise UsageError(f"run {resume} does not exist; see: modal volume ls {volume_name}")
     if resume.partition("-")[0] != model:
-        raise UsageError(f"run {resume} is not one of {model}; give one that begins with {model}-")
+        raise UsageError(
+            f"run {resume} is not a run of {model}; pass one that begins with {model}-"
+        )
     return resume
 
 
-def initial_file(model: str, init: str) -> Path:
-    """Returns the model file that `--init` means; containers get no file of the package but code.
+def initial_file(model: str, init: str | Path) -> Path:
+    """Returns the local model file that `--init` refers to; it is uploaded for the container.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: the file does not exist.
     """
     path = initial_path(model, init)
     if not path.is_file():
-        raise UsageError(f"--init {path}: there is no such file; give a model file (*.pt)")
+        raise UsageError(f"--init {path} does not exist; pass a model file (*.pt)")
     return path
 
 
-def send_initial(volume: modal.Volume, run: str, path: Path) -> None:
-    """Copies a model file into a run's folder, for the run to start from."""
+def upload_initial(volume: modal.Volume, run: str, path: Path) -> None:
+    """Uploads a model file into a run's folder, for the run to start from."""
     with volume.batch_upload(force=True) as batch:
         batch.put_file(path, f"/{run}/{INITIAL}{path.suffix}")
 
 
 def result_of(volume: modal.Volume, run: str) -> dict[str, Any] | None:
-    """Returns what a finished run came to; None for one that is not finished."""
-    if not present(volume, f"{run}/{RESULT}"):
+    """Returns the result of a finished run; None if it is not finished."""
+    if not exists(volume, f"{run}/{RESULT}"):
         return None
     result: dict[str, Any] = json.loads(b"".join(volume.read_file(f"{run}/{RESULT}")))
     return result
 
 
-def bring(
+def download_files(
     volume: modal.Volume, run: str, result: Mapping[str, Any], output_dir: Path
 ) -> dict[str, Path]:
-    """Copies a run's files into a folder, under their names; returns their paths by name.
+    """Downloads a run's files into a folder; returns their paths by name.
 
     Raises:
         OutputError: the folder cannot be written.

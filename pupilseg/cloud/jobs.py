@@ -1,8 +1,8 @@
-"""What runs in a rented container: preparing data, training, exporting.
+"""The jobs that run in containers: preparing data, training, exporting.
 
-Volumes are folders here; nothing in this module knows Modal, and the tests call it as it is. A job
-answers with plain values. An error that the user can mend becomes its answer too (`answered`):
-raised, it would be tried again on a GPU that is paid for.
+Volumes are folders here; this module does not depend on Modal, and tests call it directly. A job
+returns plain values. An error that the user can fix is returned too (`as_answer`): if it were
+raised, Modal would retry the job on a rented GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pupilseg.cli.program import log_to_stderr
-from pupilseg.cli.train import add_train_arguments, config_from, train_as_asked
+from pupilseg.cli.train import run_training
+from pupilseg.cli.train_flags import add_train_flags, config_from
 from pupilseg.cloud.client import INITIAL, RESULT
 from pupilseg.errors import DataError, PupilSegError, UsageError
 from pupilseg.export.onnx import export_onnx
 from pupilseg.files import output_errors, read_json, write_json
-from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, read_card
+from pupilseg.model_files.checkpoint import read_card
+from pupilseg.models import model_entry
 from pupilseg.prepare import RECORD, ensure_shards, shard_jobs
 from pupilseg.shards.format import MANIFEST, SUMS
 from pupilseg.shards.manifest import is_complete, read_manifest
@@ -36,45 +38,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PART = 4
-"""Shards that one call of `write_shards_part` makes: 256 frames, or more in a large data set."""
+"""Shards per call of `write_shards_part`: 256 frames, or more in a large data set."""
 _COPIES = 8
-"""Files copied at once: each waits for the network."""
+"""Files copied at the same time, because each waits for the network."""
 _GROUPS = ("download", "materialize", "train")
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Which shards a job is to find, and where.
+    """The shards that a job needs, and their place.
 
     Attributes:
-        folder: data directory, as of `ensure_shards`.
-        dataset: see `sources.FORMS`; None for shards that were put there, else `params`' source.
-        params: file of parameters, in the groups of `params.yaml`.
-        mend: how to make room for another source.
-        workers: processes that make shards.
-        rows_per_shard: as `write_shards`.
+        folder: data directory of `ensure_shards`.
+        dataset: see `sources.FORMS`; None for the shards in `folder`, or else the source in
+            `params`.
+        params: path of a parameter file with the groups of `params.yaml`.
+        hint: how to make room for another data set; ends error messages.
+        workers: processes that build shards.
+        rows_per_shard: see `write_shards`.
     """
 
     folder: Path
     dataset: str | None
     params: Path
-    mend: str
+    hint: str
     workers: int
     rows_per_shard: int | None = None
 
     @property
     def shards(self) -> Path:
-        """Where the shards are, or will be."""
+        """Directory of the shards."""
         return self.folder / "shards"
 
     @property
     def raw(self) -> Path:
-        """Where the download is recorded."""
+        """Directory of the download."""
         return self.folder / "raw"
 
 
-def answered(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a job; returns its answer, or `error` and `exit_code` for what the user can mend."""
+def as_answer(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Runs a job and returns its result, or `error` and `exit_code` if the user can fix it."""
     log_to_stderr()
     try:
         return job()
@@ -100,42 +103,46 @@ def read_params(path: Path) -> dict[str, dict[str, Any]]:
     return {name: groups[name] for name in _GROUPS}
 
 
-class _Flags(argparse.ArgumentParser):
-    """A parser whose errors are answers, not exits."""
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises its errors instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def parse_flags(flags: list[str], params: Path) -> argparse.Namespace:
-    """Parses the flags of a training run, behind those that the group `train` of a file stands for.
+    """Parses the flags of a training run; those left out come from the parameter file.
+
+    Args:
+        flags: words of the command line.
+        params: path of the parameter file; each key of its group `train` is a flag.
 
     Raises:
         UsageError: an unknown flag or a bad value.
         DataError: as `read_params`.
     """
-    parser = _Flags(prog="train", add_help=False, allow_abbrev=False)
-    add_train_arguments(parser)
+    parser = _Parser(prog="train", add_help=False, allow_abbrev=False)
+    add_train_flags(parser)
     stored = [f"--{k.replace('_', '-')}={v}" for k, v in read_params(params)["train"].items()]
     return parser.parse_args([*stored, *flags])
 
 
 def find_shards(data: Data) -> Path:
-    """Returns the folder with the shards of both splits; downloads and makes them if need be.
+    """Returns the folder with the shards of both splits; downloads and builds missing ones.
 
-    Shards that were made elsewhere and put there are used as they are.
+    Shards that were built elsewhere and uploaded are used as they are.
 
     Raises:
-        DataError: there are shards of something else than what is asked for.
+        DataError: the folder holds the shards of another data set.
         PupilSegError: as `ensure_shards`.
     """
     groups = read_params(data.params)
     options = _options(groups)
-    source = _source_put_there(data.shards)
+    source = _uploaded_source(data.shards)
     if source is not None:
         if data.dataset is not None and not _names(data.dataset, source, options):
-            raise DataError(f"{data.folder} holds {source}, not {data.dataset}; {data.mend}")
-        log.info("using the shards of %s that were put into %s", source, data.shards)
+            raise DataError(f"{data.folder} holds {source}, not {data.dataset}; {data.hint}")
+        log.info("using the uploaded shards of %s in %s", source, data.shards)
         return data.shards
     return ensure_shards(
         data.folder,
@@ -146,7 +153,7 @@ def find_shards(data: Data) -> Path:
         preprocessing=groups["materialize"]["preprocessing"],
         max_bad=groups["materialize"]["max_bad"],
         progress=False,
-        mend=data.mend,
+        mend=data.hint,
     )
 
 
@@ -154,16 +161,17 @@ def _options(groups: dict[str, dict[str, Any]]) -> SourceOptions:
     return SourceOptions(validation_fraction=groups["download"]["validation_fraction"])
 
 
-def _source_put_there(shards: Path) -> str | None:
-    """Returns the source of complete shards that were not made here; None where there are none.
+def _uploaded_source(shards: Path) -> str | None:
+    """Returns the source of complete shards that were uploaded; None if there are none.
 
-    `pipeline.materialize` writes no record, and a folder cannot have been read here.
+    Uploaded shards have no record (`pipeline.materialize` writes none), or one of a folder, which
+    a container cannot have read.
     """
     if not all(is_complete(shards / split) for split in SPLITS):
         return None
     record = shards / RECORD
     if record.is_file():
-        request = read_json(record, mend="remove it").get("request")
+        request = read_json(record, hint="remove it").get("request")
         if not isinstance(request, dict) or request.get("kind") != "folder":
             return None
     source: str = read_manifest(shards / "train")["source"]
@@ -171,20 +179,20 @@ def _source_put_there(shards: Path) -> str | None:
 
 
 def _names(dataset: str, source: str, options: SourceOptions) -> bool:
-    """Says whether a data set that is asked for is the one that shards were made from."""
-    asked = parse_source(dataset)
-    if asked.kind == "synthetic" and asked.seed is None:
-        return source == f"{asked}@{options.seed}"
-    if asked.kind == "hub" and asked.revision is None:
-        return source.startswith(f"{asked.location}@")
-    return source == str(asked)
+    """Returns True if a requested data set is the source of shards."""
+    requested = parse_source(dataset)
+    if requested.kind == "synthetic" and requested.seed is None:
+        return source == f"{requested}@{options.seed}"
+    if requested.kind == "hub" and requested.revision is None:
+        return source.startswith(f"{requested.location}@")
+    return source == str(requested)
 
 
 def prepare(data: Data, model: str, flags: list[str]) -> dict[str, Any]:
-    """Checks a run's flags, which should not cost a download, and finds its shards.
+    """Finds a run's shards, after checking its flags: a wrong flag should not cost a download.
 
     Returns:
-        rows: frames by split.
+        rows: number of frames by split.
     """
     config_from(parse_flags(flags, data.params), model)
     shards = find_shards(data)
@@ -192,51 +200,52 @@ def prepare(data: Data, model: str, flags: list[str]) -> dict[str, Any]:
 
 
 def train(
-    data: Data, model: str, flags: list[str], run_dir: Path, tell: Callable[[str], None]
+    data: Data, model: str, flags: list[str], run_dir: Path, print_line: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Trains a network into a run's folder and exports it; goes on where an earlier call stopped.
+    """Trains a network into a run's folder and exports it; resumes an interrupted run.
 
     Args:
         data: to train on.
         model: name in `pupilseg.models`.
-        flags: of `add_train_arguments`.
-        run_dir: gets the files of a training run, the ONNX file and `RESULT`; may hold `INITIAL`.
-        tell: prints a line; called after an epoch's files are written.
+        flags: words of the command line, for `add_train_flags`.
+        run_dir: receives the files of a training run, the ONNX file and `RESULT`; may hold
+            `INITIAL`.
+        print_line: prints a line; called after an epoch's files are written.
 
     Returns:
         model, best and onnx (file names), metrics of the best epoch, bytes and parity of the ONNX
         file, and files (names).
 
     Raises:
-        InterruptedError: the container is being stopped; a further call goes on.
-        PupilSegError: whatever keeps the run from starting, or from going on.
+        InterruptedError: the container is being stopped; another call resumes the run.
+        PupilSegError: the run cannot start or continue.
     """
     result_file = run_dir / RESULT
     if result_file.is_file():
-        return read_json(result_file, mend="choose another run")
+        return read_json(result_file, hint="choose another run")
     args = parse_flags(flags, data.params)
-    names = CHECKPOINT_NAMES[model]
-    state = run_dir / names.state
+    entry = model_entry(model)
+    state = run_dir / entry.state_file
     if state.is_file():
-        log.info("going on with %s", run_dir.name)
+        log.info("resuming %s", run_dir.name)
         args.resume = str(state)
     args.init = next(run_dir.glob(f"{INITIAL}.*"), None)
     with TemporaryDirectory(prefix="shards-") as local:
-        code = train_as_asked(
-            args, model, run_dir, lambda: copy_shards(find_shards(data), Path(local)), tell
+        code = run_training(
+            args, model, run_dir, lambda: copy_shards(find_shards(data), Path(local)), print_line
         )
         if code:
-            raise InterruptedError(f"{run_dir.name} was stopped; the next attempt goes on with it")
-        best = run_dir / names.best
+            raise InterruptedError(f"{run_dir.name} was stopped; the next attempt resumes it")
+        best = run_dir / entry.best_file
         onnx = best.with_suffix(".onnx")
         exported = export_onnx(best, onnx, calibrate_on=Path(local) / "validation")
     result = {
         "model": model,
         "best": best.name,
         "onnx": onnx.name,
-        "bytes": exported["bytes"],
-        "parity": exported["parity"],
-        "metrics": read_card(best)["metrics"],
+        "bytes": exported.bytes,
+        "parity": exported.parity,
+        "metrics": read_card(best).metrics,
         "files": sorted(
             path.name
             for path in run_dir.iterdir()
@@ -248,10 +257,10 @@ def train(
 
 
 def copy_shards(shards: Path, to: Path) -> Path:
-    """Copies shards to the local disk, several files at once, and returns where.
+    """Copies shards to the local disk, several files at the same time; returns the new folder.
 
-    A mapped file on a network file system is read a page at a time, by each epoch anew where a
-    split does not fit on the device. Nothing of the original is open afterwards.
+    A memory-mapped file on a network file system is read page by page, and if a split does not fit
+    on the device, again in each epoch.
     """
     begin = time.monotonic()
     pairs = []
@@ -268,11 +277,10 @@ def copy_shards(shards: Path, to: Path) -> Path:
 
 
 def fetch(data: Data) -> dict[str, Any]:
-    """Downloads a source and divides the making of its shards.
+    """Downloads a data set and divides it into parts for `write_shards_part`.
 
     Returns:
-        parts: split, first shard and the one behind the last, of each; empty where shards are
-            complete.
+        parts: (split, first shard, last shard + 1) of each; empty if the shards are complete.
     """
     groups = read_params(data.params)
     if all(is_complete(data.shards / split) for split in SPLITS):
@@ -286,10 +294,10 @@ def fetch(data: Data) -> dict[str, Any]:
 
 
 def write_shards_part(data: Data, split: str, start: int, stop: int) -> dict[str, Any]:
-    """Makes the shards start .. stop - 1 of a split of a fetched source.
+    """Builds the shards start .. stop - 1 of a split of a downloaded data set.
 
     Returns:
-        rows: samples in them.
+        rows: number of samples in them.
     """
     return {"rows": write_part(_jobs(data)[split], range(start, stop), workers=data.workers)}
 

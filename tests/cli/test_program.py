@@ -1,4 +1,4 @@
-"""How programs end: a plain line and a code for what a user can mend, a traceback for our bugs."""
+"""Ends of programs: a message and an exit code for user errors, a traceback for bugs."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ def program(body):
         (
             "sys.modules['pyarrow'] = None; import pupilseg.shards",
             2,
-            "error: this needs pyarrow; run: pip install 'pupilseg[data]'\n",
+            "error: this command needs pyarrow; run: pip install 'pupilseg[data]'\n",
         ),
         ("import logging; logging.getLogger('pupilseg.x').info('hello')", 0, "hello\n"),
     ],
 )
-def test_ends(body, code, stderr):
+def test_exit_codes_and_messages(body, code, stderr):
     done = program(body)
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
-def test_full_disk_outside_our_writers_has_no_traceback():
+def test_a_full_disk_has_no_traceback():
     done = program("open('/dev/full', 'w').write('x' * 100000)")
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot write: [Errno 28]")
 
 
-def test_bug_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     for body in ("1 / 0", "open('/nowhere')", "import nowhere"):
         done = program(body)
         assert done.returncode == 1
         assert "Traceback" in done.stderr
 
 
-def test_reader_that_leaves_is_no_error():
+def test_a_broken_pipe_is_no_error():
     command = [sys.executable, "-c", SCRIPT.format("[print('x' * 1000) for _ in range(10000)]")]
     with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as running:
         running.stdout.readline()
@@ -76,7 +76,7 @@ def test_reader_that_leaves_is_no_error():
         assert running.wait() == 141
 
 
-def test_interrupt():
+def test_ctrl_c_has_no_traceback():
     body = "print('ready', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", SCRIPT.format(body)]
     with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=-1, text=True) as running:
@@ -86,7 +86,7 @@ def test_interrupt():
         assert running.stderr.read() == "error: interrupted\n"
 
 
-def test_the_first_ctrl_c_is_a_request_and_the_second_an_interrupt():
+def test_the_first_ctrl_c_is_a_request_and_the_second_interrupts():
     body = (
         "import time\n"
         "    from pupilseg.cli.program import finishing\n"
@@ -104,12 +104,12 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_an_interrupt():
         assert running.stdout.readline() == "asked\n"
         running.send_signal(signal.SIGINT)
         assert running.wait() == 130
-        said = running.stderr.read()
-    assert "finishing this epoch, then stopping; Ctrl-C again stops at once" in said
-    assert said.endswith("error: interrupted\n")
+        messages = running.stderr.read()
+    assert "finishing this epoch, then stopping; Ctrl-C again stops at once" in messages
+    assert messages.endswith("error: interrupted\n")
 
 
-def test_ctrl_c_is_afterwards_what_it_was():
+def test_the_ctrl_c_handler_is_restored():
     before = signal.getsignal(signal.SIGINT)
     with finishing("it") as stop:
         assert signal.getsignal(signal.SIGINT) is not before

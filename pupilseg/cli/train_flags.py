@@ -1,0 +1,116 @@
+"""Flags of a training run, made from the fields of its configuration.
+
+`pipeline.train`, the local scripts and `modal run` all use this declaration. This module imports
+neither torch nor NumPy, because `modal run` parses its flags on a machine with modal alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from pupilseg.augment.config import AugmentConfig
+from pupilseg.cli.program import positive_int
+from pupilseg.train.config import TrainConfig
+from pupilseg.weights import PRETRAINED
+
+if TYPE_CHECKING:
+    from dataclasses import Field
+
+LATEST = "latest"
+"""Value of `--resume` without a file: the training state in the output directory."""
+AUGMENT = "augment_"
+"""Prefix of the names of flags for `AugmentConfig`."""
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds all flags of a local training run."""
+    add_config_flags(parser)
+    add_start_flags(parser)
+    parser.add_argument(
+        "--device", help="auto, cpu, cuda, cuda:N or mps (default: auto: cuda if available)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="FILE",
+        help="resume from a training state (without FILE: the one in the output directory)",
+    )
+
+
+def add_start_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that choose initial weights and frames."""
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="start from the weights of a model file (*.pt, *.safetensors), or from released "
+        f"weights: {PRETRAINED}",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use the first N frames of each split"
+    )
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one flag per field of `TrainConfig` and `AugmentConfig`; a flag left out is None."""
+    cuda = parser.add_argument_group("CUDA performance")
+    types = get_type_hints(TrainConfig)
+    for field in _option_fields():
+        group = cuda if field.metadata["cuda"] else parser
+        _add_flag(group, field.name, types[field.name], field)
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="change the training frames at random (default: on)",
+    )
+    types = get_type_hints(AugmentConfig)
+    for field in fields(AugmentConfig):
+        _add_flag(augment, AUGMENT + field.name, types[field.name], field)
+
+
+def _option_fields() -> list[Field[Any]]:
+    """Returns the fields of `TrainConfig` that are flags of their own."""
+    return [field for field in fields(TrainConfig) if "help" in field.metadata]
+
+
+def _add_flag(group: Any, name: str, hint: Any, field: Field[Any]) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+    default = field.default
+    if kind is bool:
+        default = "on" if default else "off"
+    default = field.metadata.get("shown_default") or default
+    text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(flag, type=kind, metavar="N" if kind is int else "X", help=text)
+
+
+def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
+    """Makes a configuration from the flags of `add_config_flags`.
+
+    Args:
+        args: parsed.
+        model: name in `pupilseg.models`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    given = _given(args, "", [field.name for field in _option_fields()])
+    augment = AugmentConfig(
+        **_given(args, AUGMENT, [field.name for field in fields(AugmentConfig)])
+    )
+    return TrainConfig(model=model, augment=None if args.augment is False else augment, **given)
+
+
+def _given(args: argparse.Namespace, prefix: str, names: list[str]) -> dict[str, Any]:
+    """Returns the values of the flags that the user passed."""
+    values = {name: getattr(args, prefix + name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
