@@ -1,6 +1,6 @@
-"""What a near-infrared eye frame shows, in numbers: measured from its pixels and its labels alone.
+"""Statistics of near-infrared eye frames, measured from pixels and labels only.
 
-The same measures hold for rendered and for recorded frames, so that ranges can be compared.
+They apply to rendered and to recorded frames, so that their ranges can be compared.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 SCLERA, IRIS, PUPIL = 1, 2, 3
 SATURATED = 250
 LEAST_PX = 300
-"""A class of fewer pixels is not measured."""
+"""Classes with fewer pixels are not measured."""
 RING_PERIODS = (6.6, 8.2)
-"""Periods in which lens rings are sought, px."""
+"""Range of periods of lens rings, px."""
 BLOCK = 64
-"""Side of the squares whose spectrum is taken, px."""
+"""Side of the squares whose spectrum is computed, px."""
 STEPS = np.arange(-10, 12.01, 0.25)
-"""Where the profile across the pupil's edge is read, px along its normal."""
+"""Positions of the profile across the pupil's edge, px along its normal."""
 
 
 def grown(mask: Mask, px: int) -> Mask:
-    """Returns the mask with everything within `px` of it."""
+    """Returns the mask dilated by `px`."""
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * px + 1, 2 * px + 1))
     return np.asarray(cv2.dilate(mask.astype(np.uint8), kernel) > 0)
 
@@ -46,7 +46,7 @@ def radius(ellipse: Ellipse) -> float:
 
 
 def spots(image: Image, where: Mask) -> list[tuple[int, Mask]]:
-    """Returns area and mask of every saturated spot of 5 px and more in `where`."""
+    """Returns area and mask of every saturated spot of at least 5 px in `where`."""
     bright = ((image >= SATURATED) & where).astype(np.uint8)
     count, parts, stats, _ = cv2.connectedComponentsWithStats(bright)
     return [
@@ -57,10 +57,10 @@ def spots(image: Image, where: Mask) -> list[tuple[int, Mask]]:
 
 
 def noise_slope(image: Image, where: Mask) -> float:
-    """Returns the variance of the noise over the grey level, on even parts of `where`.
+    """Returns the variance of the noise divided by the gray level, in smooth parts of `where`.
 
-    The second difference in both directions (Immerkaer, 1996) is blind to planes; of 16 px squares
-    the half with the least of it counts, where there are no hairs.
+    The second difference in both directions (Immerkaer, 1996) is zero on planes. Of all squares of
+    16 px, the half with the smallest values counts: they contain no hairs.
     """
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     response = cv2.filter2D(image.astype(np.float32), cv2.CV_32F, kernel) ** 2 / 36
@@ -70,15 +70,15 @@ def noise_slope(image: Image, where: Mask) -> float:
             square = np.s_[top : top + 16, left : left + 16]
             if where[square].all() and image[square].max() < SATURATED:
                 slopes.append(float(response[square].mean() / image[square].mean()))
-    # The mean of the lower half of values that stray by a twelfth is 0.93 of their mean.
+    # The lower half of values with a relative deviation of 1/12 has 0.93 times their mean.
     slopes.sort()
     return float(np.mean(slopes[: len(slopes) // 2]) / 0.93) if len(slopes) > 7 else math.nan
 
 
 def ring_amplitude(image: Image, where: Mask) -> float:
-    """Returns the amplitude in grey levels of a wave of the lens rings' period, at its strongest.
+    """Returns the largest amplitude, in gray levels, of a wave with the period of lens rings.
 
-    Without rings noise alone gives 0.5 to 1.
+    In frames without rings, noise gives 0.5 to 1.
     """
     window = np.outer(np.hanning(BLOCK), np.hanning(BLOCK))
     rate = np.fft.fftfreq(BLOCK)
@@ -96,7 +96,7 @@ def ring_amplitude(image: Image, where: Mask) -> float:
 
 
 def border(image: Image, pupil_level: float) -> Mask:
-    """Returns what is darker than the pupil and reaches the frame's edge."""
+    """Returns the areas darker than the pupil that touch the edge of the frame."""
     dark = (cv2.blur(image, (9, 9)) < pupil_level - 4).astype(np.uint8)
     _, parts = cv2.connectedComponents(dark)
     at_edge = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
@@ -104,7 +104,7 @@ def border(image: Image, pupil_level: float) -> Mask:
 
 
 def lash_density(image: Image, classes: Image) -> float:
-    """Returns the dark strokes' share of the 40 px above the upper lid."""
+    """Returns the share of dark strokes within 40 px above the upper lid."""
     open_ = classes > 0
     columns = np.flatnonzero(open_.sum(axis=0) > 20)
     if len(columns) < 40:
@@ -118,10 +118,10 @@ def lash_density(image: Image, classes: Image) -> float:
 
 
 def edge_profile(image: Image, classes: Image) -> Profile | None:
-    """Returns the mean grey level across the pupil's edge at `STEPS`; None where it is hidden.
+    """Returns the mean gray level across the pupil's edge at `STEPS`; None if the edge is hidden.
 
-    Each of 360 profiles is aligned at the label's own edge, so that a ragged one stays sharp; those
-    that touch a lid or a reflection are left out.
+    Each of 360 profiles is aligned with the label's edge, so that a ragged edge stays sharp.
+    Profiles that touch a lid or a reflection are left out.
     """
     mask = classes == PUPIL
     ring = grown(mask, 1) & ~mask
@@ -135,21 +135,21 @@ def edge_profile(image: Image, classes: Image) -> Profile | None:
     points = np.stack([a * cos, b * sin])[:, :, None] + normal[:, :, None] * STEPS
     x = ellipse.center_x_px + math.cos(turn) * points[0] - math.sin(turn) * points[1]
     y = ellipse.center_y_px + math.sin(turn) * points[0] + math.cos(turn) * points[1]
-    grey, inside, iris = (
+    gray, inside, iris = (
         cv2.remap(layer.astype(np.float32), x.astype(np.float32), y.astype(np.float32), 1)
         for layer in (image, mask, classes >= IRIS)
     )
-    kept = (iris.min(axis=1) >= 1) & (grey.max(axis=1) < np.median(image[mask]) + 90)
+    kept = (iris.min(axis=1) >= 1) & (gray.max(axis=1) < np.median(image[mask]) + 90)
     if kept.sum() < 120:
         return None
     edge = inside.sum(axis=1) * 0.25 + STEPS[0] - 0.125
-    rows = zip(edge[kept], grey[kept], strict=True)
+    rows = zip(edge[kept], gray[kept], strict=True)
     aligned = [np.interp(STEPS, STEPS - at, row) for at, row in rows]
     return np.asarray(np.mean(aligned, axis=0))
 
 
 def edge_offset(profile: Profile) -> float:
-    """Returns px from the label's edge to the grey level half-way between pupil and iris."""
+    """Returns the distance from the label's edge to the half-way gray level, px."""
     low, high = profile[STEPS < -4].mean(), profile[(STEPS > 2) & (STEPS < 4)].mean()
     if high - low < 12:
         return math.nan
@@ -162,14 +162,14 @@ def edge_offset(profile: Profile) -> float:
 
 
 def edge_width(profile: Profile) -> float:
-    """Returns the px over which the level rises from 20 to 80 % of the step."""
+    """Returns the distance over which the level rises from 20 to 80 % of the step, px."""
     low, high = profile[STEPS < -4].mean(), profile[(STEPS > 2) & (STEPS < 4)].mean()
     rise = (profile - low) / max(high - low, 1e-3)
     return float(STEPS[(rise > 0.8).argmax()] - STEPS[(rise > 0.2).argmax()])
 
 
 def measure(image: Image, classes: Image) -> dict[str, float]:
-    """Returns the statistics of an open eye as the camera gave it, nan where there is no telling.
+    """Returns the statistics of an open eye; NaN if one cannot be measured.
 
     Args:
         image: uint8 (400, 640), raw.
@@ -181,30 +181,30 @@ def measure(image: Image, classes: Image) -> dict[str, float]:
     halo = grown((image >= SATURATED) & open_, 5)
     near = grown(open_, 70)
     for name, mask in (
-        ("pupil grey", pupil),
-        ("iris grey", classes == IRIS),
-        ("sclera grey", classes == SCLERA),
-        ("skin grey", near & ~grown(open_, 8)),
+        ("pupil gray", pupil),
+        ("iris gray", classes == IRIS),
+        ("sclera gray", classes == SCLERA),
+        ("skin gray", near & ~grown(open_, 8)),
     ):
         free = mask & ~halo
-        share = 75 if name == "skin grey" else 50
+        share = 75 if name == "skin gray" else 50
         values[name] = (
             float(np.percentile(image[free], share)) if free.sum() > LEAST_PX else math.nan
         )
-    pupil_level = values["pupil grey"]
+    pupil_level = values["pupil gray"]
     iris = (classes == IRIS) & ~grown(classes < IRIS, 5) & ~grown(pupil, 4) & ~halo
     values["iris texture std"] = float(image[iris].std()) if iris.sum() > 1500 else math.nan
     values["glints"] = len(glints)
     values["glints on the pupil"] = sum(bool((mask & pupil).any()) for _, mask in glints)
     values["glint area px"] = float(np.median([area for area, _ in glints])) if glints else math.nan
     lit = ~near
-    values["noise variance / grey"] = noise_slope(image, lit & (image > 60))
+    values["noise variance / gray"] = noise_slope(image, lit & (image > 60))
     values["ring amplitude"] = ring_amplitude(image, lit & (image > 45))
     if not math.isnan(pupil_level):
         dark = border(image, pupil_level)
         values["border share of frame"] = float(dark.mean())
         big = dark.mean() > 0.01
-        values["border grey below pupil"] = (
+        values["border gray below pupil"] = (
             pupil_level - float(np.median(image[dark])) if big else math.nan
         )
         values["border flatness std"] = (
@@ -221,10 +221,10 @@ def measure(image: Image, classes: Image) -> dict[str, float]:
 
 
 def visible_share(classes: Image, iris: Ellipse) -> float:
-    """Returns the part of the iris, pupil included, that the lids and the frame leave."""
+    """Returns the visible share of the iris, including the pupil."""
     return float((classes >= IRIS).sum() / (math.pi * iris.semi_axis_a_px * iris.semi_axis_b_px))
 
 
 def is_cut(classes: Image, whole: Ellipse) -> bool:
-    """Says whether a lid hides a part of the pupil."""
+    """Returns whether a lid covers part of the pupil."""
     return bool((classes == PUPIL).sum() < 0.97 * ellipse_mask(whole).sum())

@@ -1,10 +1,9 @@
-"""The renderer: frames a second, and what its frames show against what real frames show.
+"""Measures the renderer: frames per second, and statistics of its frames next to real ones.
 
 python -m benchmarks.renderer [--frames 400] [--seed 3] [--speed 200] [--sheet FILE.png]
 
-Wanted ranges are those measured on frames of OpenEDS (docs/renderer.md). A row of the table gives
-the 5th percentile, the median and the 95th percentile over open eyes as captured, before any tone
-curve.
+The target ranges were measured on frames of OpenEDS (docs/renderer.md). Each row of the table gives
+the 5th percentile, the median and the 95th percentile over open eyes in raw frames.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from benchmarks.machine import machine_line
 from pupilseg.synthetic import RENDERER_VERSION, eye_of, render
 
 GREYS = {
-    "pupil grey": "33 to 39",
-    "iris grey": "53 to 88",
-    "sclera grey": "65 to 103",
-    "skin grey": "100 to 164",
+    "pupil gray": "33 to 39",
+    "iris gray": "53 to 88",
+    "sclera gray": "65 to 103",
+    "skin gray": "100 to 164",
     "edge step": "15 to 90",
     "iris texture std": "6 to 19",
-    "noise variance / grey": "0.10",
+    "noise variance / gray": "0.10",
 }
 SIZES = {
     "pupil radius px": "22 to 62",
@@ -38,7 +37,7 @@ SIZES = {
     "visible iris": "0.49 to 0.98",
     "opening height px": "85 to 185",
     "opening width px": "300 to 400",
-    "pupil off the iris' middle": "not quite centred",
+    "pupil off the iris center": "slightly off-center",
     "pupil's axes, short / long": "off-axis",
     "edge offset px": "0 within 0.1",
     "edge width px": "slight blur",
@@ -50,7 +49,7 @@ FRONT = {
     "lash density": "0.02 to 0.27",
     "ring amplitude": "2 to 6",
     "border share of frame": "up to 0.17",
-    "border grey below pupil": "11",
+    "border gray below pupil": "11",
     "border flatness std": "flat",
     "saturated skin share": "up to saturated",
 }
@@ -68,27 +67,25 @@ SHARES = {
     "bars": "-",
     "raw": "most",
     "clahe": "-",
-    "equalised": "-",
+    "equalized": "-",
     "curve": "-",
     "right side": "half",
 }
 ONLY_WITH = {"ring amplitude": "rings", "border share of frame": "border"}
-"""Statistics of frames that show the thing."""
-
-
+"""Statistic -> trait of the frames that it is computed for."""
 NOT_AS_CAPTURED = {"bars", "enlarged", "compressed", "scene"}
-"""Traits that no frame of OpenEDS shows."""
+"""Traits that no frame of OpenEDS has."""
 
 
 class Measured(NamedTuple):
-    """One frame: its traits, and its statistics where it is open and as captured."""
+    """Traits of a frame, and its statistics if the eye is open and the frame raw."""
 
     traits: frozenset[str]
     values: dict[str, float]
 
 
 def measure_frame(index: int, seed: int) -> Measured:
-    """Renders and measures a frame."""
+    """Renders and measures one frame."""
     cv2.setNumThreads(1)
     frame, eye = render(index, seed), eye_of(index, seed)
     traits = frozenset(frame.traits) | ({"right side"} if eye.pose.side > 0 else set())
@@ -105,10 +102,10 @@ def measure_frame(index: int, seed: int) -> Measured:
             "pupil radius px": pupil.semi_axis_a_px,
             "iris radius px": iris.semi_axis_a_px,
             "visible iris": visible_share(frame.classes, iris),
-            # At scale 1, as the wanted ones.
+            # At scale 1, like the target ranges.
             "opening height px": lids.upper + lids.lower,
             "opening width px": 2 * lids.half_width,
-            "pupil off the iris' middle": away / radius(iris),
+            "pupil off the iris center": away / radius(iris),
             "pupil's axes, short / long": pupil.semi_axis_b_px / pupil.semi_axis_a_px,
         }
     for name, trait in ONLY_WITH.items():
@@ -118,25 +115,25 @@ def measure_frame(index: int, seed: int) -> Measured:
 
 
 def print_statistics(frames: list[Measured]) -> None:
-    """Prints the tables of ranges and of shares."""
+    """Prints the tables of statistics and of shares."""
     raw = [frame.values for frame in frames if frame.values]
-    print(f"\n{len(raw)} of {len(frames)} frames are open and as OpenEDS captures them:\n")
-    print("| statistic | wanted | rendered: 5 % | median | 95 % |")
+    print(f"\n{len(raw)} of {len(frames)} frames show an open eye as OpenEDS records it:\n")
+    print("| statistic | target | rendered: 5 % | median | 95 % |")
     print("| --- | --- | --- | --- | --- |")
-    for name, wanted in (GREYS | SIZES | FRONT).items():
+    for name, target in (GREYS | SIZES | FRONT).items():
         column = np.array([values.get(name, np.nan) for values in raw])
         low, middle, high = np.nanpercentile(column, [5, 50, 95])
-        print(f"| {name} | {wanted} | {low:.3g} | {middle:.3g} | {high:.3g} |")
+        print(f"| {name} | {target} | {low:.3g} | {middle:.3g} | {high:.3g} |")
     offset = np.nanmean([values.get("edge offset px", np.nan) for values in raw])
-    print(f"\nThe drawn edge lies {offset:+.3f} px outside of the label's, in the mean.\n")
-    print("| of all frames | wanted | rendered |\n| --- | --- | --- |")
-    for name, wanted in SHARES.items():
+    print(f"\nThe drawn edge lies {offset:+.3f} px outside the label's edge on average.\n")
+    print("| share of all frames | target | rendered |\n| --- | --- | --- |")
+    for name, target in SHARES.items():
         share = np.mean([name in frame.traits for frame in frames])
-        print(f"| {name} | {wanted} | {share:.3f} |")
+        print(f"| {name} | {target} | {share:.3f} |")
 
 
 def frame_time(index: int) -> tuple[float, float]:
-    """Returns the seconds that rendering takes, by the clock and of the processor."""
+    """Returns the wall time and the CPU time of rendering a frame, in seconds."""
     cv2.setNumThreads(1)
     start, start_cpu = time.perf_counter(), time.process_time()
     render(index, 1)
@@ -144,20 +141,20 @@ def frame_time(index: int) -> tuple[float, float]:
 
 
 def print_speed(frames: int) -> None:
-    """Prints ms a frame of one process and frames a second of two."""
+    """Prints ms per frame with one process and frames per second with two."""
     for index in range(5):
         frame_time(index)
     wall, cpu = 1e3 * np.array([frame_time(index) for index in range(frames)]).T
     print(
-        f"one process: {np.median(wall):.1f} ms a frame in the median, {wall.min():.1f} at least; "
-        f"of the processor {cpu.mean():.1f} ms in the mean, which is {2e3 / cpu.mean():.0f} frames "
-        "a second on two cores with nothing else to do"
+        f"one process: {np.median(wall):.1f} ms per frame (median), {wall.min():.1f} ms (minimum); "
+        f"{cpu.mean():.1f} ms of CPU time (mean), or {2e3 / cpu.mean():.0f} frames per second on "
+        "two idle cores"
     )
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         list(pool.map(frame_time, range(8)))  # imports
         start = time.perf_counter()
         list(pool.map(frame_time, range(frames), chunksize=10))
-        print(f"two processes: {frames / (time.perf_counter() - start):.1f} frames a second")
+        print(f"two processes: {frames / (time.perf_counter() - start):.1f} frames per second")
 
 
 def write_sheet(path: str, seed: int) -> None:
@@ -171,12 +168,12 @@ def write_sheet(path: str, seed: int) -> None:
 
 
 def main() -> None:
-    """Runs what was asked for."""
+    """Runs the requested measurements."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--frames", type=int, default=400, help="to measure (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=3, help="of them (default: %(default)s)")
-    parser.add_argument("--speed", type=int, default=200, help="to time (default: %(default)s)")
-    parser.add_argument("--sheet", metavar="FILE", help="write a sheet of 24 frames as a picture")
+    parser.add_argument("--frames", type=int, default=400, help="frames to measure (%(default)s)")
+    parser.add_argument("--seed", type=int, default=3, help="seed of the frames (%(default)s)")
+    parser.add_argument("--speed", type=int, default=200, help="frames to time (%(default)s)")
+    parser.add_argument("--sheet", metavar="FILE", help="write a sheet of 24 frames as an image")
     args = parser.parse_args()
     print(machine_line("numpy", "cv2"))
     print(f"renderer version {RENDERER_VERSION}, seed {args.seed}")
