@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.models.efficientvit import UPSAMPLING, Encoder, SubpixelHead
+from pupilseg.models.efficientvit import UPSAMPLING, Encoder, Fusion, SubpixelHead
 from pupilseg.models.layers import CascadedGroupAttention, FeedForward, TokenMixing
 
 if TYPE_CHECKING:
-    from pupilseg.models.efficientvit import Decoder, Fusion
+    from pupilseg.models.efficientvit import Decoder
 
 BLOCK = 16
 """Channels that a convolution computes at once with AVX-512; 8 with AVX2."""
@@ -297,16 +297,14 @@ class _FusedEncoder(nn.Module):
 
 
 class _FusedFusion(nn.Module):
+    forward = Fusion.forward
+
     def __init__(self, fusion: Fusion, chans: int) -> None:
         super().__init__()
         self.skip = _conv(fusion.skip, chans, _width(_channels(fusion.skip)[0]))
         self.mix = nn.Sequential(
             nn.ReLU(), _depthwise(fusion.mix[1], chans), _conv(fusion.mix[2], chans, chans)
         )
-
-    def forward(self, coarse: Tensor, skip: Tensor) -> Tensor:
-        repeated = functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
-        return torch.relu(self.mix(repeated + self.skip(skip)))
 
 
 class _FusedDecoder(nn.Module):
