@@ -111,7 +111,9 @@ def test_the_architecture_page_shows_the_layers():
     for name in re.findall(r"`([\w/]+\.(?:py|toml|yaml))`", page):
         if "NAME" not in name:
             assert (ROOT / name).exists() or (ROOT / "pupilseg" / name).exists(), name
-    for table, name in re.findall(r"`([A-Z]+)` in `(pupilseg/[\w/]+\.py)`", page):
+    tables = re.findall(r"`([A-Z_]+)` in `(pupilseg/[\w/]+\.py)`", page)
+    assert len(tables) == 6
+    for table, name in tables:
         assert re.search(rf"^{table}\b", (ROOT / name).read_text(), flags=re.MULTILINE), table
 
 
