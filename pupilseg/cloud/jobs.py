@@ -26,11 +26,11 @@ from pupilseg.export.onnx import export_onnx
 from pupilseg.files import output_errors, read_json, write_json
 from pupilseg.model_files.checkpoint import read_card
 from pupilseg.models import model_entry
-from pupilseg.prepare import RECORD, ensure_shards, shard_jobs
+from pupilseg.prepare import ensure_shards, shard_jobs
 from pupilseg.shards.format import MANIFEST, SUMS
 from pupilseg.shards.manifest import is_complete, read_manifest
 from pupilseg.shards.writer import count_shards, write_part
-from pupilseg.sources import SPLITS, SourceOptions, download, parse_source
+from pupilseg.sources import RECORD, SPLITS, SourceOptions, download, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,7 +153,7 @@ def find_shards(data: Data) -> Path:
         preprocessing=groups["materialize"]["preprocessing"],
         max_bad=groups["materialize"]["max_bad"],
         progress=False,
-        mend=data.hint,
+        hint=data.hint,
     )
 
 
