@@ -1,8 +1,8 @@
-"""Downloads a source and makes its shards, once a data directory; what training scripts call first.
+"""Downloads a source and builds its shards if they are missing; the first step of training scripts.
 
-DATA_DIR/raw/source.json            what was downloaded, and where it lies
+DATA_DIR/raw/source.json            record of the source and where its files are
 DATA_DIR/shards/{train,validation}  shards with their manifests
-DATA_DIR/shards/source.json         what they were made from; written last
+DATA_DIR/shards/source.json         the source and options of the shards; written last
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ from pupilseg.files import directory_lock, read_json, write_json
 from pupilseg.preprocess import NONE, remaining_preprocessing
 from pupilseg.shards.manifest import is_complete
 from pupilseg.shards.writer import make_job, write_job
-from pupilseg.sources import SPLITS, Source, SourceOptions, download, open_dataset, parse_source
+from pupilseg.sources import (
+    RECORD,
+    SPLITS,
+    Source,
+    SourceOptions,
+    download,
+    open_dataset,
+    parse_source,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pupilseg.shards.build import Job
 
-RECORD = "source.json"
 DATASET = "Conner/sddec25-01"
-"""OpenEDS on the Hub: what is trained on where nothing else is asked for."""
+"""Default data set for training: OpenEDS on the Hub."""
 
 
 def default_workers() -> int:
-    """Returns the number of processors that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -45,12 +52,12 @@ def write_splits(
     max_bad: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Makes the shards of both splits of a downloaded source; finished ones are kept.
+    """Builds the shards of both splits of a downloaded source; finished ones are kept.
 
     Args:
-        raw_dir: holds `source.json`.
-        out_dir: gets `train/` and `validation/`.
-        workers: processes; None for one a processor.
+        raw_dir: contains `source.json`.
+        out_dir: directory of `train/` and `validation/`.
+        workers: number of processes; None for one per CPU.
         rows_per_shard: as `write_shards`.
         preprocessing: as `write_shards`.
         max_bad: as `write_shards`, for each split.
@@ -83,9 +90,9 @@ def shard_jobs(
     preprocessing: str = NONE,
     max_bad: int = 0,
 ) -> dict[str, Job]:
-    """Returns, by split, what `write_part` needs to write some of the shards of `write_splits`.
+    """Returns split -> job, for `write_part` to write some of the shards of `write_splits`.
 
-    The arguments are those of `write_splits`, and must be the same there.
+    The arguments must be the same as those of `write_splits`.
 
     Raises:
         PupilSegError: as `open_dataset` and `make_job`.
@@ -117,44 +124,44 @@ def ensure_shards(
     preprocessing: str = NONE,
     max_bad: int = 0,
     progress: bool = True,
-    mend: str | None = None,
+    hint: str | None = None,
 ) -> Path:
-    """Returns the directory with the shards of both splits; downloads and makes them if need be.
+    """Returns the directory of both splits' shards, which are downloaded and built if missing.
 
-    When they are complete it returns at once and looks at neither the network nor the raw data,
-    which may be gone. Several processes may call it at once: one works, the others wait.
+    If they are complete, it returns at once and uses neither the network nor the raw data, which
+    may have been removed. Several processes may call it at once: one works, the others wait.
 
     Args:
-        data_dir: holds one source.
-        source: see `sources.FORMS`.
-        revision: of a Hub source, if not in `source`.
-        options: how the source is read.
-        workers: processes; None for one a processor.
+        data_dir: a directory for one source.
+        source: one of `sources.FORMS`.
+        revision: revision of a Hub source, if not in `source`.
+        options: how the source is read; the defaults if None.
+        workers: number of processes; None for one per CPU.
         rows_per_shard: as `write_shards`.
         preprocessing: as `write_shards`.
         max_bad: as `write_shards`, for each split.
         progress: as `write_shards`.
-        mend: how to make room for another source, to end the error with; None for the flag of the
-            local scripts and the folders to remove.
+        hint: how to make room for another source, the end of the error message; None for the flag
+            of the local scripts and the folders to remove.
 
     Returns:
         `data_dir / "shards"`.
 
     Raises:
-        DataError: the directory holds another source, or the same read or preprocessed otherwise.
+        DataError: the directory contains another source, or other options or preprocessing.
         PupilSegError: as `download` and `write_shards`.
     """
     data_dir = Path(data_dir).expanduser()
     shards = data_dir / "shards"
     options = options or SourceOptions()
     wanted = {"options": options.as_dict(), "preprocessing": preprocessing}
-    mend = mend or (
-        f"use another --data-dir, or remove what it holds: rm -r {shards} {data_dir / 'raw'}"
+    hint = hint or (
+        f"use another --data-dir, or remove its contents: rm -r {shards} {data_dir / 'raw'}"
     )
-    if _complete(shards, source, revision, wanted, mend):
+    if _is_complete(shards, source, revision, wanted, hint):
         return shards
     with directory_lock(data_dir, wait=True):
-        if _complete(shards, source, revision, wanted, mend):  # made while this process waited
+        if _is_complete(shards, source, revision, wanted, hint):  # built while this one waited
             return shards
         raw = data_dir / "raw"
         download(source, raw, revision=revision, options=options)
@@ -180,47 +187,42 @@ def ensure_shards(
     return shards
 
 
-def _complete(
-    shards: Path, text: str, revision: str | None, wanted: Mapping[str, Any], mend: str
+def _is_complete(
+    shards: Path, text: str, revision: str | None, wanted: Mapping[str, Any], hint: str
 ) -> bool:
-    """Says whether the shards of what is wanted are there, complete.
+    """Returns True if the requested shards exist and are complete.
 
     Raises:
-        DataError: those of something else are there.
+        DataError: there are shards of another source, or with other options.
     """
     path = shards / RECORD
     if not path.is_file():
         return False
-    record = read_json(path, hint=mend)
+    record = read_json(path, hint=hint)
     try:
         differs = _difference(record, text, revision, wanted)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from error
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); {hint}") from error
     if differs:
-        raise DataError(f"{shards.parent} holds {differs}; {mend}")
+        raise DataError(f"{shards.parent} contains {differs}; {hint}")
     return all(is_complete(shards / split) for split in SPLITS)
 
 
 def _difference(
     record: dict[str, Any], text: str, revision: str | None, wanted: Mapping[str, Any]
 ) -> str | None:
-    """Says in what the recorded source differs from the one asked for; None if in nothing."""
+    """Describes how the recorded source differs from the requested one; None if it does not."""
     request = record["request"]
     folder = Path(text).expanduser()
     if request["kind"] == "folder" and str(folder.resolve()) == request["location"]:
-        source = Source("folder", request["location"])  # it may be gone: the shards are enough
+        source = Source("folder", request["location"])  # may be gone, only the shards are needed
     else:
         source = parse_source(text, revision)
-    # A source that names no series of rendered eyes takes the options' one.
-    seeds = [
-        options["seed"] if seed is None else seed
-        for seed, options in (
-            (source.seed, wanted["options"]),
-            (request["seed"], record["options"]),
-        )
-    ]
+    # Rendered eyes without a seed in the source string use the seed of the options.
+    seed = wanted["options"]["seed"] if source.seed is None else source.seed
+    recorded_seed = record["options"]["seed"] if request["seed"] is None else request["seed"]
     same = (source.kind, source.location) == (request["kind"], request["location"])
-    same = same and seeds[0] == seeds[1]
+    same = same and seed == recorded_seed
     if not same or source.revision not in (None, request["revision"], record["commit"]):
         return f"{record['source']}, not {source}"
     if record["options"] != wanted["options"]:

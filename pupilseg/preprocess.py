@@ -1,8 +1,8 @@
 """Image preprocessing by name, the same for shards, training and prediction.
 
 A preprocessing is a function from a uint8 image to a uint8 image of the same shape. Its name is
-written into shard manifests, checkpoints and ONNX files, so that a network always sees the images
-that it was trained on.
+written to shard manifests, checkpoints and ONNX files, so that a network always gets images that
+are preprocessed as in training.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ GAMMA = 0.8
 CLAHE_CLIP_LIMIT = 1.5
 CLAHE_TILES = (8, 8)
 GAMMA_TABLE = (255.0 * (np.arange(256) / 255.0) ** GAMMA).astype(np.uint8)
-"""uint8 (256,): `255 * (i / 255) ** 0.8`, truncated as RITnet's `dataset.py` does, not rounded."""
+"""uint8 (256,): `255 * (i / 255) ** 0.8`, truncated as in RITnet's `dataset.py`, not rounded."""
 
 
 def keep(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns the image as it is."""
+    """Returns the image unchanged."""
     return image
 
 
 def gamma_clahe(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns the image after gamma 0.8 and contrast-limited equalisation (clip 1.5, 8 x 8 tiles).
+    """Returns the image after gamma 0.8 and contrast-limited equalization (clip 1.5, 8 x 8 tiles).
 
-    RITnet (AayushKrChaudhary/RITnet, `dataset.py`) and revision A of `Conner/sddec25-01`.
+    As in RITnet (AayushKrChaudhary/RITnet, `dataset.py`) and revision A of `Conner/sddec25-01`.
 
     Args:
         image: uint8 (H, W).
@@ -42,7 +42,7 @@ def gamma_clahe(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Returns:
         uint8 (H, W), a new array.
     """
-    # A new object each time: cv2's CLAHE keeps buffers and may not be shared between threads.
+    # A new object each time: OpenCV's CLAHE keeps buffers and must not be shared by threads.
     clahe = cv2.createCLAHE(clipLimit=CLAHE_CLIP_LIMIT, tileGridSize=CLAHE_TILES)
     return np.asarray(clahe.apply(cv2.LUT(image, GAMMA_TABLE)), dtype=np.uint8)
 
@@ -55,10 +55,10 @@ PREPROCESSINGS: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
 
 
 def get_preprocessing(name: str) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
-    """Returns the preprocessing of that name.
+    """Returns a preprocessing by name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the name is unknown.
     """
     if name not in PREPROCESSINGS:
         raise UsageError(
@@ -68,19 +68,19 @@ def get_preprocessing(name: str) -> Callable[[NDArray[np.uint8]], NDArray[np.uin
 
 
 def remaining_preprocessing(applied: str, wanted: str) -> tuple[str, str]:
-    """Says what is left to do to images that a source has already preprocessed.
+    """Returns the preprocessing to apply to images that a source may have preprocessed already.
 
     Args:
-        applied: what the source's images went through.
-        wanted: what is asked for.
+        applied: preprocessing that the source applied.
+        wanted: requested preprocessing.
 
     Returns:
-        (what to apply now, what the images have gone through then). Nothing is applied twice, and
-        what a source applied is not undone by asking for "none".
+        (preprocessing to apply, total preprocessing of the result). Nothing is applied twice, and
+        requesting "none" does not undo the source's preprocessing.
 
     Raises:
         UsageError: `wanted` is unknown.
-        DataError: the source applied something else than what is asked for.
+        DataError: the source applied another preprocessing than the requested one.
     """
     get_preprocessing(wanted)
     if applied == NONE:
@@ -88,6 +88,6 @@ def remaining_preprocessing(applied: str, wanted: str) -> tuple[str, str]:
     if wanted in (NONE, applied):
         return NONE, applied
     raise DataError(
-        f"the source's images already went through {applied!r}, so {wanted!r} cannot be had; "
-        f"use --preprocessing {applied} or a source of raw images"
+        f"the source's images are already preprocessed with {applied!r}, expected {wanted!r} or "
+        f"none; use --preprocessing {applied} or a source of raw images"
     )

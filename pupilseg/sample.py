@@ -1,4 +1,4 @@
-"""A sample and a data set: what sources give and shards store, and the check between the two."""
+"""`Sample` and the `Dataset` protocol: the interface between sources and shards."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SHAPE = (HEIGHT, WIDTH)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One frame with its label, and the targets that the source itself brings.
+    """One frame with its label, and the training targets that its source provides.
 
     The arrays may be read-only views of the source's buffers.
 
     Attributes:
-        name: as the source calls it, unique within a split.
+        name: name in the source, unique within a split.
         image: uint8 (400, 640).
         label: uint8 (400, 640) of {0, 1}.
-        spatial_weights: float32 (400, 640), finite; None where the source has none.
-        dist_map: float32 (2, 400, 640), finite; None where the source has none.
-        ellipse: float32 (4,) normalised cx, cy, rx, ry (`geometry`); None where it has none.
-        origin: file, and row in it, for messages; empty where the name says as much.
+        spatial_weights: float32 (400, 640), finite; None if the source has none.
+        dist_map: float32 (2, 400, 640), finite; None if the source has none.
+        ellipse: float32 (4,), normalized cx, cy, rx, ry (`geometry`); None if the source has none.
+        origin: file and row, for messages; empty if the name is enough.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Sample:
 
 
 class Dataset(Protocol):
-    """Samples in a fixed order, by split; picklable, and read by range.
+    """Samples of each split in a fixed order, read by range; must be picklable.
 
     Attributes:
         source: identity, such as "owner/name@<40-hex commit>" or "synthetic:800@0".
-        preprocessing: what the source already did to the images: "none" or "gamma0.8+clahe1.5".
-        split_rule: one sentence: where the splits come from.
+        preprocessing: preprocessing that the source applied: "none" or "gamma0.8+clahe1.5".
+        split_rule: origin of the splits, in one sentence.
     """
 
     @property
@@ -70,24 +70,24 @@ class Dataset(Protocol):
     def read(self, split: str, start: int, stop: int) -> Iterator[Sample]:
         """Yields the samples start .. stop - 1 of a split, in order.
 
-        Their values are not checked here: who takes them calls `check_sample`.
+        Their values are not checked; call `check_sample` for that.
 
         Raises:
-            DataError: a sample cannot be read; file, row and column are named.
-            IndexError: the range leaves 0 .. count.
+            DataError: a sample cannot be read; the message names file, row and column.
+            IndexError: the range is not within 0 .. count.
         """
         ...
 
 
 def check_sample(sample: Sample) -> Sample:
-    """Returns the sample if names, shapes, dtypes and values are what they must be.
+    """Returns the sample after checking its name, shapes, dtypes and values.
 
     Raises:
-        DataError: naming origin, column, value and expectation.
+        DataError: the message names origin, column, value and expectation.
     """
     where = f"{sample.origin}: " if sample.origin else ""
     if not isinstance(sample.name, str) or not sample.name:
-        raise DataError(f"{where}the name is {sample.name!r}, expected a text that is not empty")
+        raise DataError(f"{where}the name is {sample.name!r}, expected a string that is not empty")
     _check_array(sample.image, "image", SHAPE, np.uint8, where)
     _check_array(sample.label, "label", SHAPE, np.uint8, where)
     try:
@@ -103,8 +103,8 @@ def check_sample(sample: Sample) -> Sample:
         if values is None:
             continue
         _check_array(values, name, shape, np.float32, where)
-        # The sum of finite float32 in float64 is finite, and needs no array of booleans.
-        with np.errstate(invalid="ignore"):  # infinity less infinity
+        # A float64 sum of finite float32 values is finite; it needs no array of booleans.
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
             total = values.sum(dtype=np.float64)
         if not np.isfinite(total):
             raise DataError(f"{where}column {name} holds NaN or infinity, expected finite values")
@@ -114,7 +114,6 @@ def check_sample(sample: Sample) -> Sample:
 def _check_array(
     array: NDArray[Any], name: str, shape: tuple[int, ...], dtype: type, where: str
 ) -> None:
-    """Raises DataError unless shape and dtype are as expected."""
     if array.shape != shape or array.dtype != dtype:
         raise DataError(
             f"{where}column {name} is {array.dtype} {array.shape}, "

@@ -47,8 +47,8 @@ def test_a_second_call_needs_nothing_and_touches_nothing(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("synthetic:7", {}, "holds synthetic:6@0, not synthetic:7; use another --data-dir"),
-        ("owner/name", {}, "holds synthetic:6@0, not owner/name"),
+        ("synthetic:7", {}, "contains synthetic:6@0, not synthetic:7; use another --data-dir"),
+        ("owner/name", {}, "contains synthetic:6@0, not owner/name"),
         ("synthetic:6", {"preprocessing": "gamma0.8+clahe1.5"}, "preprocessing none, not gamma"),
         ("synthetic:6", {"options": SourceOptions(validation_fraction=0.5)}, "0.5"),
     ],

@@ -36,8 +36,8 @@ def test_nothing_is_applied_twice(applied, wanted, result):
     assert remaining_preprocessing(applied, wanted) == result
 
 
-def test_what_cannot_be_had_is_refused():
-    with pytest.raises(DataError, match="equalised"):
-        remaining_preprocessing("equalised", GC)
+def test_impossible_requests_are_refused():
+    with pytest.raises(DataError, match="equalized"):
+        remaining_preprocessing("equalized", GC)
     with pytest.raises(UsageError, match="none, gamma"):
         remaining_preprocessing("none", "gamma")

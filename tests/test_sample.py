@@ -1,4 +1,4 @@
-"""The one check between sources and shards: what is wrong, where, and what was expected."""
+"""Samples are checked before they are written: the error names place, value and expectation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def at(array, place, value):
     return array
 
 
-def test_a_good_sample_passes_as_it_is():
+def test_a_valid_sample_is_returned_unchanged():
     for label in (FRAME, FRAME + 1, at(FRAME, (0, 0), 1)):
         sample = sample_with(
             label=label, spatial_weights=MAPS[0], dist_map=MAPS, ellipse=np.zeros(4, np.float32)
@@ -35,7 +35,7 @@ def test_a_good_sample_passes_as_it_is():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": ""}, "the name is '', expected a text"),
+        ({"name": ""}, "the name is '', expected a string"),
         ({"name": 7}, "the name is 7"),
         (
             {"image": FRAME[:, :600]},
@@ -55,6 +55,6 @@ def test_a_good_sample_passes_as_it_is():
         ({"ellipse": np.full(4, np.nan, np.float32)}, "column ellipse holds NaN"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(changes, words):
+def test_errors_name_the_place_and_the_problem(changes, words):
     with pytest.raises(DataError, match="^file row 3: .*" + words):
         check_sample(sample_with(**changes))

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 def add_shards_command(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds `shards` with its actions to the commands of `pupilseg`."""
-    shards = commands.add_parser("shards", help="look into shards")
+    shards = commands.add_parser("shards", help="inspect shards")
     actions = shards.add_subparsers(required=True, metavar="ACTION")
     for name, function, text in (
-        ("info", _info, "say what a split holds"),
-        ("verify", _verify, "read every byte of a split and check it"),
+        ("info", _info, "show the contents of a split"),
+        ("verify", _verify, "check every byte of a split"),
         ("show", _show, "draw a sample: image, label, weights and distance maps"),
     ):
         action = actions.add_parser(name, help=text)
@@ -30,14 +30,13 @@ def add_shards_command(commands: argparse._SubParsersAction[Any]) -> None:
             action.add_argument(
                 "--out",
                 type=Path,
-                help="PNG or JPEG file (default: SPLIT-INDEX.png in this folder)",
+                help="PNG or JPEG file (default: SPLIT-INDEX.png in the current folder)",
             )
 
 
 def _info(args: argparse.Namespace) -> int:
-    """Prints what a manifest says."""
     from pupilseg.shards import open_shards
-    from pupilseg.shards.format import bytes_per_sample
+    from pupilseg.shards.codec import bytes_per_sample
 
     with open_shards(args.dir) as shards:
         manifest = shards.manifest
@@ -48,13 +47,13 @@ def _info(args: argparse.Namespace) -> int:
             {
                 "samples": f"{len(shards):,} in {len(manifest['files'])} files, "
                 f"{size / 1e6:,.1f} MB",
-                "bytes a sample": " or ".join(f"{count:,}" for count in sorted(packed))
+                "bytes per sample": " or ".join(f"{count:,}" for count in sorted(packed))
                 + f", with names and headers {size / len(shards):,.0f}",
                 "source": manifest["source"],
                 "split": f"{manifest['split']} ({manifest['split_rule']})",
                 "preprocessing": manifest["preprocessing"],
                 "columns": ", ".join(f"{name} ({how})" for name, how in encodings.items()),
-                "left out": dict(Counter(s["error"] for s in manifest["skipped"])) or "nothing",
+                "skipped": dict(Counter(s["error"] for s in manifest["skipped"])) or "nothing",
                 "written by": f"pupilseg {manifest['code_version']}, format {manifest['version']}",
             }
         )
@@ -62,15 +61,13 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    """Checks digests and decodes every sample."""
     from pupilseg.shards import verify
 
-    print(f"{args.dir}: {verify(args.dir, progress=True)} samples, every byte as written")
+    print(f"{args.dir}: {verify(args.dir, progress=True)} samples, all digests match")
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
-    """Writes a sample's picture and says which it is."""
     from pupilseg.pictures import SUFFIXES, write_image
     from pupilseg.shards import open_shards
     from pupilseg.shards.picture import sample_picture
@@ -78,12 +75,12 @@ def _show(args: argparse.Namespace) -> int:
     with open_shards(args.dir) as shards:
         if not 0 <= args.index < len(shards):
             raise UsageError(
-                f"--index is {args.index}, {args.dir} has the samples 0..{len(shards) - 1}"
+                f"--index is {args.index}, expected 0..{len(shards) - 1} for {args.dir}"
             )
         sample = shards.sample(args.index)
     out = args.out or Path(f"{args.dir.resolve().name}-{args.index:05d}.png")
     if out.suffix not in SUFFIXES:
-        raise UsageError(f"--out is {out}, expected a name that ends in {' or '.join(SUFFIXES)}")
+        raise UsageError(f"--out is {out}, expected a file name ending in {' or '.join(SUFFIXES)}")
     write_image(out, sample_picture(sample))
     print(f"{args.dir}[{args.index}] {sample['name']!r}: {out}")
     return 0

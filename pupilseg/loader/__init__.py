@@ -1,4 +1,4 @@
-"""Shards to batches on a device."""
+"""Loads shards as batches of tensors on a device."""
 
 from pupilseg.loader.loader import Batch, Loader, make_loader
 

@@ -1,4 +1,4 @@
-"""A sample of a split as one picture: what a network is shown, and what it is taught."""
+"""Draws a sample: the input of a network and its training targets."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def sample_picture(sample: Mapping[str, Any]) -> NDArray[np.uint8]:
         sample: as `ShardSet.sample` returns it.
 
     Returns:
-        uint8 (1200, 1280, 3), BGR, each part at its own size: the image; the image under its label
-        and its ellipse; the weights (black 0, white the largest); the distance to the background
-        and to the pupil (blue inside the class, red outside, white where it is 0, a line each 0.1
-        diagonal); a legend.
+        uint8 (1200, 1280, 3), BGR. The parts, each 400 x 640: the image; the image with label and
+        ellipse; the weights (0 black, largest white); the distance to the background and to the
+        pupil (blue inside the class, red outside, white at 0, with contour lines every 0.1
+        diagonals); a legend.
     """
-    image = _grey(sample["image"])
+    image = _gray(sample["image"])
     weights = sample["spatial_weights"]
     largest = float(weights.max())
     scaled = (weights * (255 / largest) if largest > 0 else weights).astype(np.uint8)
     background, pupil = sample["dist_map"]
     parts = {
         "image": image,
-        "label, ellipse": _labelled(image, sample),
-        f"spatial_weights: 0 to {largest:g}": _grey(scaled),
+        "label, ellipse": _labeled(image, sample),
+        f"spatial_weights: 0 to {largest:g}": _gray(scaled),
         f"dist_map 0, background: {_span(background)}": _signed(background),
         f"dist_map 1, pupil: {_span(pupil)}": _signed(pupil),
         str(sample["name"]): _legend(sample),
@@ -49,13 +49,14 @@ def sample_picture(sample: Mapping[str, Any]) -> NDArray[np.uint8]:
     return sheet(list(parts.values()), (WIDTH, HEIGHT))
 
 
-def _grey(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _gray(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(plane, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
 
 
-def _labelled(image: NDArray[np.uint8], sample: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Returns the image with the label tinted and the free ellipse drawn."""
-    out, inside = image.copy(), sample["label"] != 0
+def _labeled(image: NDArray[np.uint8], sample: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Returns the image with a tinted label and the free ellipse."""
+    out = image.copy()
+    inside = sample["label"] != 0
     out[inside] = (out[inside] * 0.5 + np.array(GREEN) * 0.5).astype(np.uint8)
     if sample["ellipse_free"][2] > 0:
         outline_ellipse(out, Ellipse(*(float(value) for value in sample["ellipse_free"])), 1.0)
@@ -67,7 +68,7 @@ def _span(plane: NDArray[np.float32]) -> str:
 
 
 def _signed(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Returns a signed map in colours: blue below zero, red above, lines at equal distances."""
+    """Returns a signed map in colors: blue below zero, red above, with contour lines."""
     strength = np.clip(np.abs(plane) * 255, 0, 255)
     out = np.zeros((*plane.shape, 3), np.uint8)
     out[..., 2] = np.where(plane > 0, 64 + strength * 0.75, 0)
@@ -82,13 +83,12 @@ def _signed(plane: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def _legend(sample: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Returns the numbers of a sample as a picture."""
     out = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     x, y, a, b, angle = (float(value) for value in sample["ellipse_free"])
     pixels = int(np.count_nonzero(sample["label"]))
     lines = [f"pupil {pixels} px ({pixels / sample['label'].size:.2%})"]
     if a > 0:
-        lines.append(f"ellipse centre {x:.1f}, {y:.1f} px; semi-axes {a:.1f}, {b:.1f} px")
+        lines.append(f"ellipse center {x:.1f}, {y:.1f} px; semi-axes {a:.1f}, {b:.1f} px")
         lines.append(f"angle {np.degrees(angle):.1f} degrees")
     lines.append("vector " + ", ".join(f"{float(value):.4f}" for value in sample["ellipse"]))
     for row, line in enumerate(lines):

@@ -157,9 +157,9 @@ def test_show_of_a_blink_and_of_what_is_not_there(tmp_path, capsys):
     assert main(["shards", "show", str(tmp_path / "train"), "--out", str(out)]) == 0
     assert cv2.imread(str(out)).shape == (1200, 1280, 3)
     for words, message in [
-        (["--index", "1"], "--index is 1, .*train has the samples 0..0"),
+        (["--index", "1"], "--index is 1, expected 0..0 for .*train"),
         (["--index", "-1"], "--index is -1"),
-        (["--out", "picture.gif"], "expected a name that ends in .png or .jpg"),
+        (["--out", "picture.gif"], "expected a file name ending in .png or .jpg"),
     ]:
         assert main(["shards", "show", str(tmp_path / "train"), *words]) == 2
         assert re.search(message, capsys.readouterr().err)
