@@ -24,6 +24,6 @@ PARTS: tuple[Part[Any], ...] = (
 )
 """All parts in the order in which they draw and are applied.
 
-Append a new part's numbers by adding it last; anywhere else, the parts behind it get other random
-numbers, and a seed another result.
+A new part that is not the last one changes the random numbers of the parts after it, and with them
+the result of every seed.
 """
