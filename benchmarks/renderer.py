@@ -22,7 +22,7 @@ from benchmarks.eye_statistics import is_cut, measure, radius, visible_share
 from benchmarks.machine import machine_line
 from pupilseg.synthetic import RENDERER_VERSION, eye_of, render
 
-GREYS = {
+GRAY_LEVELS = {
     "pupil gray": "33 to 39",
     "iris gray": "53 to 88",
     "sclera gray": "65 to 103",
@@ -120,7 +120,7 @@ def print_statistics(frames: list[Measured]) -> None:
     print(f"\n{len(raw)} of {len(frames)} frames show an open eye as OpenEDS records it:\n")
     print("| statistic | target | rendered: 5 % | median | 95 % |")
     print("| --- | --- | --- | --- | --- |")
-    for name, target in (GREYS | SIZES | FRONT).items():
+    for name, target in (GRAY_LEVELS | SIZES | FRONT).items():
         column = np.array([values.get(name, np.nan) for values in raw])
         low, middle, high = np.nanpercentile(column, [5, 50, 95])
         print(f"| {name} | {target} | {low:.3g} | {middle:.3g} | {high:.3g} |")

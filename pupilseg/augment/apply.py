@@ -110,7 +110,7 @@ def make_plan(
 
 
 def constants(config: AugmentConfig, device: torch.device) -> Constants:
-    """Returns what the device form needs besides the plan: part name -> tensor, for parts on."""
+    """Returns the constants of the device form: part name -> tensor, for parts that are on."""
     return {part.name: part.constant(device) for part in PARTS if part.is_on(config)}
 
 

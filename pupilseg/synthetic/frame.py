@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Frame(NamedTuple):
-    """What the effects draw on.
+    """An eye, its image and its labels.
 
     An effect is a function of a random generator and a frame. It changes the image in place and
     returns the names of the traits that it added, if any. Labels never change.

@@ -522,7 +522,7 @@ def test_threads_do_not_change_the_result(batch):
 
 
 def test_parts_share_out_the_random_numbers_in_order(batch):
-    """The positions are part of what a seed means: golden losses depend on them."""
+    """The result of a seed, and with it the golden losses, depends on these positions."""
     assert sum(part.numbers for part in PARTS) == 17 + 6 * RAYS
     plan = make_plan(batch, AugmentConfig(flip=0.5, blur=1, offset=1), generator(7))
     values = torch.rand((len(batch), 17 + 6 * RAYS), generator=generator(7))
