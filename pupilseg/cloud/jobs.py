@@ -141,7 +141,7 @@ def find_shards(data: Data) -> Path:
     source = _uploaded_source(data.shards)
     if source is not None:
         if data.dataset is not None and not _names(data.dataset, source, options):
-            raise DataError(f"{data.folder} holds {source}, not {data.dataset}; {data.hint}")
+            raise DataError(f"{data.folder} contains {source}, not {data.dataset}; {data.hint}")
         log.info("using the uploaded shards of %s in %s", source, data.shards)
         return data.shards
     return ensure_shards(

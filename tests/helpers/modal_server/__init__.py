@@ -1,0 +1,1 @@
+"""A stand-in for Modal's servers on loopback; see README.md."""
