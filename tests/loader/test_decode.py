@@ -1,4 +1,4 @@
-"""Batches decoded in torch: the numbers of `FrameDecoder`, compiled or not."""
+"""Batches decoded with torch equal those of `FrameDecoder`, compiled or not."""
 
 from itertools import product
 
@@ -22,7 +22,7 @@ ON_DEVICE = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 
 @pytest.fixture(scope="module", params=["packed", "raw"])
 def shards(request, tmp_path_factory):
-    """Encoded as rendered eyes are, and with the first row in a way that has no compact form."""
+    """Compact encodings as for rendered eyes, and raw columns."""
     raw = frozenset({0}) if request.param == "raw" else frozenset()
     path = tmp_path_factory.mktemp(request.param)
     source = FakeDataset(train=SAMPLES, odd_weights=raw, odd_maps=raw)
@@ -32,7 +32,7 @@ def shards(request, tmp_path_factory):
 
 
 def gathered(shards, layout, indices):
-    """Returns the stored fields of samples, in torch."""
+    """Returns the stored fields of samples as tensors."""
     packed = layout.empty(len(indices), CPU)
     with RowPool(FrameDecoder, 1, "gather") as pool:
         pool.run(
@@ -55,8 +55,8 @@ def check(shards, batch, indices):
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_DEVICE])
-def test_compiled_or_not_it_gives_the_same_numbers(shards, device):
-    """Whole batches as the stream feed asks for them, chosen rows as the resident feed does."""
+def test_compiled_decoding_gives_the_same_numbers(shards, device):
+    """For whole batches as in the stream feed, and selected rows as in the resident feed."""
     device = torch.device(device)
     layout = layout_of(shards, DECODED)
     chosen = layout.encodings["dist_map"] == U2
@@ -73,11 +73,11 @@ def test_compiled_or_not_it_gives_the_same_numbers(shards, device):
     assert not counters["graph_break"]
     short = {name: field[:2] for name, field in packed.items()}
     check(shards, decode(short), [0, 1])
-    assert counters["stats"]["unique_graphs"] == 1, "a short batch is not compiled for"
+    assert counters["stats"]["unique_graphs"] == 1, "no compilation for a short batch"
 
 
-def test_a_batch_shares_no_memory_with_what_it_was_decoded_from(shards):
-    """In the stream feed that is a slot, which the next batch overwrites."""
+def test_a_batch_has_its_own_memory(shards):
+    """The stream feed overwrites its slots with the next batch."""
     layout = layout_of(shards, DECODED)
     packed = gathered(shards, layout, range(2))
     batch = BatchDecoder(layout, CPU, torch.int64)(packed)
@@ -89,7 +89,7 @@ def test_a_batch_shares_no_memory_with_what_it_was_decoded_from(shards):
 
 
 def test_damaged_integers_stay_inside_the_table(shards):
-    """On CUDA an index outside of it would end the process's context."""
+    """On CUDA an index outside the table would break the process's context."""
     layout = layout_of(shards, ("dist_map",))
     packed = gathered(shards, layout, range(2))
     for name, value in product(packed, (0, -1, 0x7F)):

@@ -1,4 +1,4 @@
-"""Encodings of single frames give back what went in, to the bit."""
+"""Encodings of single frames are exact, to the bit."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def masks(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(masks())
-def test_every_map_survives_its_encoding(mask):
+def test_every_encoding_is_exact(mask):
     decoder = codec.FrameDecoder()
     bits = codec.pack_bits(mask)
     assert bits.shape == (32000,)
@@ -88,14 +88,14 @@ def test_weights_of_three_values_are_refused(odd):
     weights[100:120, 5:50] = 20
     assert codec.pack_values(weights, None) is not None
     assert codec.pack_values(weights, 20.0) is not None
-    assert codec.pack_values(weights, 19.0) is None, "v of the rows before counts"
+    assert codec.pack_values(weights, 19.0) is None, "the value of previous rows is used"
     weights[3, 4] = odd
     assert codec.pack_values(weights, None) is None
 
 
 @pytest.mark.parametrize("start", [0, 256_000, maps.MAX_DISTANCE_SQUARED + 1 - 256_000])
 def test_decoded_distances_equal_the_tables_for_every_integer(start):
-    """Computed in float64, on whatever processor this is."""
+    """The float64 computation is exact on this CPU."""
     band, row, column = np.ogrid[: HEIGHT // codec.BAND, : codec.BAND, :WIDTH]
     squared = start + ((band * WIDTH + column) * codec.BAND + row).reshape(SHAPE)
     assert len(np.unique(squared)) == 256_000
@@ -117,7 +117,7 @@ def test_decoded_distances_equal_the_tables_for_every_integer(start):
         pytest.param(20, 600, r"squared distances -?\d+..\d+, expected 0..567522", id="word"),
     ],
 )
-def test_damaged_distances_are_found(row, column, message):
+def test_damaged_distances_are_detected(row, column, message):
     mask = np.zeros(SHAPE, dtype=np.uint8)
     mask[:60, 600:] = 1
     words, first = codec.pack_squared(maps.squared_distance(mask))
@@ -130,7 +130,7 @@ def test_damaged_distances_are_found(row, column, message):
         codec.FrameDecoder().distances(words, first, codec.pack_bits(mask), out)
 
 
-def test_image_is_normalized_as_defined():
+def test_image_is_normalized_as_documented():
     image = (np.arange(HEIGHT * WIDTH) % 256).astype(np.uint8).reshape(SHAPE)
     out = np.empty(SHAPE, dtype=np.float32)
     codec.write_network_input(image, out)

@@ -1,4 +1,4 @@
-"""Shards under kills, full disks and flipped bits: complete or absent, and every fault is found."""
+"""Shards under kills, full disks and flipped bits: complete or absent, all damage is detected."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.helpers.fakes import FakeDataset
 from pupilseg.shards import write_shards
 
 def run(folder):
-    write_shards(FakeDataset(train=ROWS), "train", folder, rows_per_shard=2)
+    write_shards(FakeDataset(train=ROWS), "train", folder, rows_per_shard=PER_SHARD)
 """
 
 
 def finished_shards(folder):
-    """Returns inode and time of each shard that a record calls finished."""
+    """Returns inode and time of each shard that has a record."""
     records = folder.glob(".building/shard-*.json")
     return {record.stem: identity(folder, record.stem) for record in records}
 
@@ -40,8 +40,14 @@ def identity(folder, stem):
     return stat.st_ino, stat.st_mtime_ns
 
 
-def check_gone_on_with(victim, folder, wanted):
-    """Runs it to its end: the wanted bytes, and finished shards untouched; returns their count."""
+def check_resumes(victim, folder, wanted):
+    """Resumes an interrupted run and checks its result.
+
+    The files have the expected bytes, and shards that were finished are not written again.
+
+    Returns:
+        The number of shards that were finished.
+    """
     finished = finished_shards(folder)
     victim.run(folder)
     assert contents(folder) == wanted, folder.name
@@ -50,11 +56,16 @@ def check_gone_on_with(victim, folder, wanted):
     return len(finished)
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_thirty_kills_at_random_moments(tmp_path):
-    """After each the run ends with the bytes of an undisturbed one; finished shards are kept."""
+    """Each resumed run gives the bytes of an uninterrupted one, and finished shards are kept.
+
+    `test_a_kill_before_each_change_to_a_file` covers every state on disk; this test adds kills
+    during computations.
+    """
     rng, unfinished, kept = random.Random(0), 0, 0
-    with Victim(BUILD + "ROWS = 10") as victim:
+    with Victim(BUILD + "ROWS, PER_SHARD = 10, 2") as victim:
         victim.run(tmp_path / "warm-up")
         begin = time.monotonic()
         victim.run(tmp_path / "undisturbed")
@@ -65,29 +76,29 @@ def test_thirty_kills_at_random_moments(tmp_path):
             victim.run(out, after_s=rng.uniform(0, undisturbed_s))
             early = not (out / "manifest.json").exists()
             unfinished += early
-            # A machine that is shared has quick and slow spells: the moments follow them.
+            # The speed of a shared machine varies: adapt the range of moments to it.
             undisturbed_s *= 1.1 if early else 0.7
-            kept += check_gone_on_with(victim, out, wanted)
-    assert unfinished >= KILLS // 2, "too many kills came after the end"
-    assert kept >= KILLS // 2, "too few kills came after the first shard"
+            kept += check_resumes(victim, out, wanted)
+    assert unfinished >= KILLS // 2, "too many kills were after the end"
+    assert kept >= KILLS // 2, "too few kills were after the first shard"
 
 
 @pytest.mark.integration
 def test_a_kill_before_each_change_to_a_file(tmp_path):
-    """Every state that a kill can leave, one after another."""
-    with Victim(BUILD + "ROWS = 6") as victim:
+    """Covers every state on disk that a kill can leave."""
+    with Victim(BUILD + "ROWS, PER_SHARD = 3, 1") as victim:
         victim.run(tmp_path / "undisturbed")
         wanted, kept = contents(tmp_path / "undisturbed"), {False: [], True: []}
         for folder in victim.each_kill(tmp_path):
             complete = (folder / "manifest.json").exists()
-            kept[complete].append(check_gone_on_with(victim, folder, wanted))
-    assert list(dict.fromkeys(kept[False])) == [0, 1, 2, 3], "shards are finished one by one"
+            kept[complete].append(check_resumes(victim, folder, wanted))
+    assert list(dict.fromkeys(kept[False])) == [0, 1, 2, 3], "shards are finished one after another"
     assert list(dict.fromkeys(kept[True])) == [3, 2, 1, 0], "then their records are removed"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, workers):
-    """A real small file system, where this user may mount one."""
+def test_a_full_disk_leaves_no_partial_files(tmp_path, workers):
+    """Uses a real small file system, if the user may mount one."""
     disk, dataset = tmp_path / "disk", FakeDataset(train=8)
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
@@ -97,7 +108,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, workers):
         with pytest.raises(OutputError, match=r"cannot write .*the disk is full; free some space"):
             write_shards(dataset, "train", disk / "out", rows_per_shard=2, workers=workers)
         left = [path.name for path in disk.rglob("*") if path.is_file()]
-        assert sum(name.endswith(".arrow") for name in left) == 2, "those that fit are kept"
+        assert sum(name.endswith(".arrow") for name in left) == 2, "shards that fit are kept"
         for name in left:
             assert re.fullmatch(r"shard-0000\d\.(arrow|json)", name), name
         with pytest.raises(DataError, match=r"is unfinished: it has no manifest\.json"):
@@ -119,7 +130,7 @@ def pristine(tmp_path_factory):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_found_and_its_file_named(pristine, data):
+def test_any_flipped_bit_is_detected_and_its_file_named(pristine, data):
     path = data.draw(st.sampled_from(sorted(pristine.iterdir())))
     whole = path.read_bytes()
     at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
@@ -134,7 +145,7 @@ def test_a_flipped_bit_anywhere_is_found_and_its_file_named(pristine, data):
     assert verify(pristine) == 4
 
 
-def test_every_damaged_file_is_named_and_mended_alone(tmp_path):
+def test_each_damaged_file_is_named_and_rebuilt_alone(tmp_path):
     dataset = FakeDataset(train=8)
     write_shards(dataset, "train", tmp_path, rows_per_shard=2)
     wanted = contents(tmp_path)
@@ -158,7 +169,7 @@ def test_every_damaged_file_is_named_and_mended_alone(tmp_path):
     assert untouched.stat().st_mtime_ns == before[untouched.name]
 
 
-def test_digests_can_be_checked_without_this_program(pristine):
+def test_digests_can_be_checked_with_sha256sum(pristine):
     sums = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"],
         cwd=pristine,
@@ -171,7 +182,7 @@ def test_digests_can_be_checked_without_this_program(pristine):
     ]
 
 
-def test_a_lost_list_and_a_stray_shard_are_named(tmp_path):
+def test_a_missing_list_and_an_unlisted_shard_are_named(tmp_path):
     write_shards(FakeDataset(train=2), "train", tmp_path)
     shutil.copy(tmp_path / "shard-00000.arrow", tmp_path / "shard-00007.arrow")
     (tmp_path / "SHA256SUMS").unlink()
@@ -182,7 +193,7 @@ def test_a_lost_list_and_a_stray_shard_are_named(tmp_path):
     assert "shard-00007.arrow is not in manifest.json" in stray
 
 
-def test_a_missing_bad_sample_is_remembered_when_a_shard_is_made_again(tmp_path):
+def test_rebuilding_a_shard_keeps_its_skipped_samples(tmp_path):
     dataset = FakeDataset(train=6, bad=frozenset({1, 4}))
     manifest = write_shards(dataset, "train", tmp_path, rows_per_shard=2, max_bad=2)
     (tmp_path / "shard-00001.arrow").unlink()

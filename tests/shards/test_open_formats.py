@@ -1,4 +1,4 @@
-"""Shards are open: other programs, the documentation's examples, and a reader written from it."""
+"""Other programs, the documented examples, and a reader written from the specification."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with `shards/train` of two files: one of the usual form, one raw where it can be."""
+    """A folder with `shards/train` of two files: one compact, one with raw columns."""
     root = tmp_path_factory.mktemp("open")
     dataset = FakeDataset(train=12, odd_weights=frozenset({9}), odd_maps=frozenset({10}))
     write_shards(dataset, "train", root / "shards" / "train", rows_per_shard=8)
@@ -114,13 +114,13 @@ def test_a_reader_written_from_the_specification_gives_the_same_bits(folder):
 
 
 def test_from_file_of_datasets_reads_streams_only(folder):
-    """What docs/format.md says; should it ever open files, the documentation may say so."""
+    """As docs/format.md says; if this test fails, update the page."""
     datasets = pytest.importorskip("datasets")
     with pytest.raises(pa.ArrowInvalid):
         datasets.Dataset.from_file(str(folder / "shards/train/shard-00000.arrow"))
 
 
-def test_show_draws_what_is_stored(folder, capsys, monkeypatch):
+def test_show_draws_the_stored_sample(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(["shards", "show", "shards/train", "--index", "9"]) == 0
     assert "shards/train[9] 'train/9': train-00009.png" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_show_draws_what_is_stored(folder, capsys, monkeypatch):
         np.testing.assert_array_equal(red, plane[clear] > 0)
 
 
-def test_show_of_a_blink_and_of_what_is_not_there(tmp_path, capsys):
+def test_show_draws_a_blink_and_refuses_bad_arguments(tmp_path, capsys):
     class Blink(FakeDataset):
         def sample(self, split, index):
             sample = super().sample(split, index)

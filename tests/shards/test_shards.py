@@ -1,4 +1,4 @@
-"""Shards: what is written is read back to the bit, without copies, whatever happened on the way."""
+"""Shards are read back to the bit and without copies, even after interruptions."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ GC = "gamma0.8+clahe1.5"
 
 
 def contents(directory):
-    """Every file below a directory with its digest."""
+    """Returns every file below a directory with its digest."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
@@ -43,7 +43,7 @@ def contents(directory):
 
 
 def check_equal(dataset, directory, split="train", skip=()):
-    """Compares every column of every sample with the source, or the definition, to the bit."""
+    """Compares every column of every sample with the source or the definition, to the bit."""
     kept = [i for i in range(dataset.count(split)) if i not in skip]
     with open_shards(directory) as shards:
         assert len(shards) == len(kept)
@@ -70,7 +70,7 @@ def check_equal(dataset, directory, split="train", skip=()):
                 assert found[column].tobytes() == value.tobytes(), (index, column)
 
 
-def test_usual_form_is_exact_and_compact(tmp_path):
+def test_compact_encodings_are_exact(tmp_path):
     dataset = FakeDataset(train=5)
     manifest = write_shards(dataset, "train", tmp_path / "train", rows_per_shard=64)
     check_equal(dataset, tmp_path / "train")
@@ -89,7 +89,7 @@ def test_usual_form_is_exact_and_compact(tmp_path):
     ]
 
 
-def test_a_column_falls_back_to_raw_where_no_encoding_is_exact(tmp_path):
+def test_a_column_is_raw_if_no_encoding_is_exact(tmp_path):
     dataset = FakeDataset(
         train=9,
         bring_weights={0: 3.5, 1: 3.5, 3: 20.0, 4: 7.0},
@@ -117,12 +117,12 @@ def test_a_column_falls_back_to_raw_where_no_encoding_is_exact(tmp_path):
         pytest.param(lambda m: m * np.float32(hypot(399, 639) / hypot(400, 640)), id="diagonal"),
         pytest.param(lambda m: np.nextafter(m, np.float32(2)), id="last bit"),
         pytest.param(lambda m: np.where(m == 0, np.float32(-0.0), m), id="sign of zero"),
-        pytest.param(lambda m: m[::-1], id="classes exchanged"),
-        pytest.param(lambda m: m * np.float32(1e25), id="beyond all bounds"),
-        pytest.param(lambda m: -np.abs(m), id="nowhere positive"),
+        pytest.param(lambda m: m[::-1], id="classes swapped"),
+        pytest.param(lambda m: m * np.float32(1e25), id="out of range"),
+        pytest.param(lambda m: -np.abs(m), id="never positive"),
     ],
 )
-def test_maps_by_another_definition_are_kept_as_they_are(tmp_path, other):
+def test_maps_with_another_definition_are_stored_raw(tmp_path, other):
     class Other(FakeDataset):
         def sample(self, split, index):
             sample = FakeDataset.sample(self, split, index)
@@ -135,8 +135,8 @@ def test_maps_by_another_definition_are_kept_as_they_are(tmp_path, other):
     check_equal(Other(train=3), tmp_path)
 
 
-def test_an_encoder_that_errs_is_found_by_decoding(tmp_path, monkeypatch):
-    """The maps then go as they are, computed or brought."""
+def test_a_wrong_encoder_is_detected_by_decoding(tmp_path, monkeypatch):
+    """The maps are then stored raw."""
 
     def wrong(squared):
         words, first = codec.pack_squared(squared)
@@ -161,8 +161,8 @@ def test_two_valued_weights_of_the_source_keep_their_value(tmp_path):
 @given(masks=st.lists(labels, min_size=1, max_size=3), bring=st.integers(0, 7))
 @example(masks=[EMPTY, FULL, *CORNERS], bring=7)
 @example(masks=EDGES, bring=0)
-def test_any_mask_is_exact_in_the_compact_form(masks, bring):
-    """Whatever the masks, and whichever of its maps the source brings by the definition."""
+def test_any_mask_has_compact_encodings(masks, bring):
+    """For any mask, and any subset of maps that the source provides."""
 
     class Masks(FakeDataset):
         def sample(self, split, index):
@@ -208,12 +208,12 @@ def test_odd_masks_are_exact(tmp_path, where):
     check_equal(Odd(train=1), tmp_path)
 
 
-def test_views_lie_in_the_mapping_aligned_and_read_only(tmp_path):
+def test_views_are_aligned_and_read_only_parts_of_the_mapping(tmp_path):
     write_shards(FakeDataset(train=5), "train", tmp_path)
     with open_shards(tmp_path) as shards:
         size = (tmp_path / "shard-00000.arrow").stat().st_size
         path = str(tmp_path / "shard-00000.arrow")
-        # The kernel's own list says where the file is mapped, and that it may not be written.
+        # The kernel lists the address of the mapping and its permissions.
         rows = [r.split() for r in Path("/proc/self/maps").read_text().splitlines() if path in r]
         assert len(rows) == 1
         assert rows[0][1].startswith("r--")
@@ -276,19 +276,19 @@ if __name__ == "__main__":
 
 
 def processes_with(mark):
-    """Returns the processes that have a text in their environment."""
+    """Returns the processes whose environment contains a string."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (entry / "environ").read_bytes():
                 found.append(entry.name)
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended
             continue
     return found
 
 
 @pytest.mark.parametrize(("workers", "victim"), [(1, "itself"), (2, "worker"), (2, "parent")])
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path, workers, victim):
+def test_a_killed_run_can_be_resumed_with_the_same_bytes(tmp_path, workers, victim):
     out, flag = tmp_path / "out", tmp_path / "flag"
     script = tmp_path / "run.py"
     script.write_text(_RUN)
@@ -304,12 +304,12 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, workers, victim):
     if victim == "parent":
         deadline = time.monotonic() + 20
         while processes_with(f"MARK={tmp_path}"):
-            assert time.monotonic() < deadline, "a worker outlives its parent"
+            assert time.monotonic() < deadline, "a worker is still alive after its parent"
             time.sleep(0.05)
     assert not (out / "manifest.json").exists()
     with pytest.raises(DataError, match=r"no manifest\.json; create it with: python -m pipeline"):
         open_shards(out)
-    # A shard whose writer died before its record was written is made again.
+    # A shard without a record is built again.
     recorded = [p.stem for p in out.glob(".building/shard-*.json")]
     finished = {p: p.stat().st_mtime_ns for p in out.glob("shard-*.arrow") if p.stem in recorded}
     if workers == 1:
@@ -322,7 +322,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, workers, victim):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-def test_an_altered_shard_of_an_unfinished_run_is_made_again(tmp_path):
+def test_an_altered_shard_of_an_unfinished_run_is_rebuilt(tmp_path):
     dataset = FakeDataset(train=4)
     write_shards(dataset, "train", tmp_path / "a", rows_per_shard=2)
     broken = FakeDataset(train=4, bad=frozenset({3}))
@@ -336,7 +336,7 @@ def test_an_altered_shard_of_an_unfinished_run_is_made_again(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_complete_split_is_left_alone_and_another_is_refused(tmp_path):
+def test_a_complete_split_is_kept_and_another_is_refused(tmp_path):
     manifest = write_shards(FakeDataset(train=2), "train", tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     gone = FakeDataset(train=2, bad=frozenset({0, 1}))  # would fail if it were read
@@ -351,7 +351,7 @@ def test_a_complete_split_is_left_alone_and_another_is_refused(tmp_path):
     assert verify(tmp_path) == 2
 
 
-def test_bad_samples_are_counted_named_and_limited(tmp_path):
+def test_bad_samples_are_counted_and_named_up_to_a_limit(tmp_path):
     dataset = FakeDataset(train=8, bad=frozenset({1, 2, 7}))
     with pytest.raises(DataError, match=r"train\[1\]: file 1\.png cannot be decoded.*--max-bad"):
         write_shards(dataset, "train", tmp_path, rows_per_shard=4)
@@ -435,14 +435,14 @@ def edit_manifest(split, edit):
         ),
     ],
 )
-def test_a_foreign_manifest_is_refused(split, edit, message):
+def test_an_invalid_manifest_is_refused(split, edit, message):
     edit_manifest(split, edit)
     with pytest.raises(DataError, match=message) as caught:
         open_shards(split)
     assert "pipeline.materialize" in str(caught.value)
 
 
-def test_damaged_files_are_refused_and_found(split):
+def test_damaged_files_are_refused_and_detected(split):
     second = split / "shard-00001.arrow"
     data = second.read_bytes()
     second.write_bytes(data[:-1])
@@ -499,19 +499,19 @@ def test_opening_and_closing_leaks_nothing(split):
     assert str(split) not in Path("/proc/self/maps").read_text()
 
 
-def test_one_writer_a_directory(tmp_path):
+def test_a_directory_has_one_writer(tmp_path):
     with directory_lock(tmp_path), pytest.raises(LockedError, match=f"pid {os.getpid()}"):
         write_shards(FakeDataset(train=1), "train", tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         write_shards(FakeDataset(train=1), "train", tmp_path / "file" / "train")
 
 
-def test_a_split_has_few_files():
+def test_a_split_has_at_most_512_files():
     assert default_rows_per_shard(1) == default_rows_per_shard(64 * 512) == 64
     assert default_rows_per_shard(64 * 512 + 1) == 128
     assert default_rows_per_shard(110_000) == 256

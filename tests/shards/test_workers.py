@@ -1,4 +1,4 @@
-"""Who builds which shard: each once, in runs, and nobody idle while another has work."""
+"""Each shard is built once, in contiguous runs, and no worker is idle while another has work."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pupilseg.shards.workers import WorkQueue
 
 
 @given(st.integers(0, 40), st.integers(1, 6), st.randoms(use_true_random=False))
-def test_each_shard_once_whoever_is_quick(count, workers, rng):
+def test_each_shard_is_taken_once_at_any_speed(count, workers, rng):
     queue, given_to = WorkQueue(range(count), workers), []
     while len(given_to) < count:
         shard = queue.take(rng.randrange(workers))
-        assert shard is not None, "a worker that asks gets work while there is some"
+        assert shard is not None, "a worker gets work while some is left"
         given_to.append(shard)
     assert sorted(given_to) == list(range(count))
     assert all(queue.take(worker) is None for worker in range(workers))
 
 
-def test_workers_of_one_speed_walk_forwards_and_jump_never():
+def test_workers_of_equal_speed_go_forwards_without_jumps():
     queue, order = WorkQueue(range(8), 2), {0: [], 1: []}
     for turn in range(8):
         order[turn % 2].append(queue.take(turn % 2))
     assert order == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}
 
 
-def test_who_is_done_takes_the_far_half_of_what_is_left():
+def test_an_idle_worker_takes_the_second_half_of_the_longest_run():
     queue = WorkQueue(range(10), 2)
     assert [queue.take(1) for _ in range(5)] == [5, 6, 7, 8, 9]
     assert queue.take(0) == 0
