@@ -1,11 +1,11 @@
-"""Speed of feeding full batches: ours, the earlier project's way, and peers, against a memcpy.
+"""Speed of feeding full batches: pupilseg, the earlier project and other loaders, against memcpy.
 
 python -m benchmarks.loader [--samples 256] [--batch-size 64] [--rounds 3] [--write]
 
 A full batch is a float32 image, int64 label, float32 weights and two float32 distance maps:
-6.144 MB a sample, shuffled, from a warm page cache. All take turns, an epoch each, so that a slow
-spell of the machine hits all of them. Peers that are not installed are named with the command that
-installs them. Where there is a CUDA device its modes are measured too, against its own copies.
+6.144 MB per sample, shuffled, warm page cache. All loaders take turns, one epoch each, so that a slow
+period of the machine affects all of them. Loaders that are not installed are listed with the command
+that installs them. On a machine with CUDA, the loader modes for it are measured too.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def peer_epochs(
     """Stores the samples as each peer wants them.
 
     Returns:
-        Name -> epoch, and name -> bytes a sample on disk. Those not installed go to `missing`.
+        Name -> epoch, and name -> bytes per sample on disk. Those not installed go to `missing`.
     """
     epochs: dict[str, Epoch] = {}
     sizes = {}
@@ -150,7 +150,7 @@ def table_of(
     sizes: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         modes: list[tuple[str, dict[str, Any]]] = [
-            ("pupilseg, 1 thread, decoding when asked", {"threads": 0}),
+            ("pupilseg, 1 thread, decoding on demand", {"threads": 0}),
             ("pupilseg, 1 thread, one batch ahead", {"threads": 1}),
             ("pupilseg, 2 threads", {"threads": 2}),
         ]
@@ -182,7 +182,7 @@ def table_of(
                     rate(epoch, args.samples, device)
                 rates[name].append(rate(epoch, args.samples, device))
     lines = [
-        "| loader | samples/s, best (median) | of memcpy | x earlier way | bytes a sample |",
+        "| loader | samples/s, best (median) | of memcpy | x earlier project | bytes per sample |",
         "| --- | --- | --- | --- | --- |",
     ]
     best = {name: max(found) for name, found in rates.items()}
@@ -257,7 +257,7 @@ def device_speeds(
 
 
 def write(lines: list[str]) -> None:
-    """Replaces what an earlier run wrote to docs/benchmarks.md."""
+    """Replaces the table that an earlier run wrote to docs/benchmarks.md."""
     text = REPORT.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
@@ -270,11 +270,13 @@ def main() -> None:
     parser.add_argument("--samples", type=positive_int, default=256)
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of peers")
     parser.add_argument(
-        "--write", action="store_true", help="put the table into docs/benchmarks.md"
+        "--workers", type=int, nargs="+", default=[0, 2], help="worker processes of other loaders"
     )
-    parser.add_argument("--data-dir", type=Path, help="keeps the rendered eyes for another time")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table to docs/benchmarks.md"
+    )
+    parser.add_argument("--data-dir", type=Path, help="keep the rendered eyes here for later runs")
     args = parser.parse_args()
     args.samples -= args.samples % args.batch_size
     if not args.samples:

@@ -36,7 +36,7 @@ SHAPES = {
 
 
 def ready(sample: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Returns a sample as training takes it: image normalised, label int64, float32 maps."""
+    """Returns a sample as training takes it: image normalized, label int64, float32 maps."""
     image, label, weights, maps = (torch.as_tensor(sample[name]) for name in SHAPES)
     return image.float().div_(255).sub_(0.5).div_(0.5)[None], label.long(), weights, maps
 
@@ -259,7 +259,7 @@ def ffcv(samples: Samples, folder: Path) -> MakeLoader:
 
 
 PEERS: dict[str, Callable[[Samples, Path], MakeLoader]] = {
-    "earlier project's way (`datasets` rows as lists)": earlier,
+    "earlier project (`datasets` rows as lists)": earlier,
     '`datasets`, `with_format("torch")`': datasets_torch,
     "`np.memmap`": memmap,
     "litdata": litdata,
