@@ -3,9 +3,9 @@
 python -m benchmarks.loader [--samples 256] [--batch-size 64] [--rounds 3] [--write]
 
 A full batch is a float32 image, int64 label, float32 weights and two float32 distance maps:
-6.144 MB per sample, shuffled, warm page cache. All loaders take turns, one epoch each, so that a slow
-period of the machine affects all of them. Loaders that are not installed are listed with the command
-that installs them. On a machine with CUDA, the loader modes for it are measured too.
+6.144 MB per sample, shuffled, warm page cache. All loaders take turns, one epoch each, so that a
+slow period of the machine affects all of them. Loaders that are not installed are listed with the
+command that installs them. On a machine with CUDA, the loader modes for it are measured too.
 """
 
 from __future__ import annotations
