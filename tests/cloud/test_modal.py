@@ -57,7 +57,7 @@ def test_commands_of_the_guide_run_in_order(clone, modal_server):
     lines = [line for text in blocks for line in commands(f"```bash\n{text}```")]
     assert len(lines) == 7
     done = modal_server.run("bash", "-ec", "\n".join(lines), cwd=clone)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for name in ("best_ellipse_model.pt", "best_ellipse_model.onnx", "ellipse_model_epoch_1.pt"):
         assert (clone / "checkpoints" / name).is_file()
     for name in ("best_efficientvit_model.pt", "best_efficientvit_model.onnx"):
@@ -103,7 +103,7 @@ def test_a_run_survives_its_container_and_can_be_fetched_again(clone, tmp_path, 
     before = stamps(modal_server.volume(DATA))
     values = ("MLFLOW_TRACKING_URI=http://127.0.0.1:9", "MLFLOW_EXPERIMENT_ID=1")
     done = modal_server.run("modal", "secret", "create", "mlflow", *values, cwd=clone)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     done = modal_server.run(*run, str(tmp_path / "second"), "--secret", "mlflow", cwd=clone)
     assert done.returncode == 2
     assert "error: MLflow at http://127.0.0.1:9 did not open a run" in done.stderr
@@ -115,7 +115,7 @@ def test_a_run_survives_its_container_and_can_be_fetched_again(clone, tmp_path, 
     runs = modal_server.volume(RUNS).iterdir()
     (name,) = (path.name for path in runs if (path / "result.json").exists())
     done = modal_server.run(*run, str(tmp_path / "again"), "--resume", name, cwd=clone)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert called(modal_server) == []
     again = (tmp_path / "again" / "best_ellipse_model.pt").read_bytes()
     assert again == (tmp_path / "first" / "best_ellipse_model.pt").read_bytes()

@@ -142,6 +142,10 @@ class Container:
         for function_id in app.function_ids.values():
             metadata = self._state.functions[function_id].handle()
             layout.objects.add(object_id=function_id, function_handle_metadata=metadata)
+        for dependency in self.function.definition.object_dependencies:
+            item = layout.objects.add(object_id=dependency.object_id)
+            if dependency.object_id.startswith("vo-"):
+                item.volume_metadata.version = api_pb2.VOLUME_FS_VERSION_V1
         return api_pb2.ContainerArguments(
             task_id=self.id,
             function_id=self.function.id,

@@ -110,6 +110,10 @@ class ModalServer:
             if container.inputs:
                 container.kill()
 
+    def wait_for_containers(self) -> None:
+        """Returns when no container is running."""
+        asyncio.run_coroutine_threadsafe(self._no_container(), self._loop).result()
+
     # In the thread
 
     async def _serve(self) -> None:
@@ -130,14 +134,17 @@ class ModalServer:
         await self._stop.wait()
         for app in self._state.apps.values():
             app.stopping = True
-        containers = self._state.containers.values()
-        for container in containers:
+        for container in self._state.containers.values():
             container.kill()
-        await self._state.wait_for(lambda: all(c.ended for c in containers), None)
+        await self._no_container()
         await self._state.cancel_background()
         grpc.close()
         await grpc.wait_closed()
         await http.cleanup()
+
+    async def _no_container(self) -> None:
+        containers = self._state.containers.values()
+        await self._state.wait_for(lambda: all(c.ended for c in containers), None)
 
     def _servicer(self, handlers: tuple[object, ...]) -> api_grpc.ModalClientBase:
         """Returns a gRPC servicer whose RPCs are the handlers' methods, in snake case."""
