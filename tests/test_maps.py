@@ -1,4 +1,4 @@
-"""Maps against independent float64 references: equal, not close."""
+"""Maps equal independent float64 references exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def with_edge_cases(test):
 
 
 def reference_distance_maps(label):
-    """Float64 SciPy, class by class, as RITnet's `one_hot2dist` puts it."""
+    """SciPy in float64, class by class, as in RITnet's `one_hot2dist`."""
     both = []
     for cls in (0, 1):
         inside = label == cls
@@ -48,7 +48,7 @@ def test_distances_equal_scipy(label):
 
 @with_edge_cases
 @given(labels)
-def test_the_integers_are_found_in_the_maps(label):
+def test_the_integers_can_be_recovered_from_the_maps(label):
     squared = np.empty(label.shape, np.float32)
     maps.write_squared_from_maps(maps.distance_maps(label), squared)
     np.testing.assert_array_equal(squared, maps.squared_distance(label))
@@ -68,7 +68,7 @@ def test_maps_are_finite_and_signed(label):
 
 @with_edge_cases
 @given(labels)
-def test_flips_carry_over(label):
+def test_maps_are_equivariant_to_flips(label):
     got = maps.distance_maps(label)
     np.testing.assert_array_equal(maps.distance_maps(label[:, ::-1]), got[..., ::-1])
     np.testing.assert_array_equal(maps.distance_maps(label[::-1]), got[:, ::-1])
@@ -86,7 +86,7 @@ def test_tables_equal_the_maps(label):
 
 
 @pytest.mark.parametrize(("label", "absent"), [(EMPTY, 1), (FULL, 0)])
-def test_a_class_that_is_absent(label, absent):
+def test_an_absent_class(label, absent):
     got = maps.distance_maps(label)
     assert (got[absent] == 1).all()
     np.testing.assert_array_equal(got[1 - absent], np.float32(-(DIAGONAL - 1) / DIAGONAL))
@@ -105,8 +105,8 @@ def test_weights_are_the_edge_and_the_row_below(label):
     np.testing.assert_array_equal(got, np.where(band, np.float32(20), np.float32(0)))
 
 
-def test_dilation_is_what_the_earlier_call_really_did():
-    """`cv2.dilate(x, (3, 3))`, as RITnet and the data set's author call it."""
+def test_dilation_equals_the_original_call():
+    """RITnet and the author of the data set call `cv2.dilate(x, (3, 3))`."""
     for seed in range(4):
         edges = cv2.Canny(blobs(seed) * 255, 0, 3)
         earlier = cv2.dilate(edges, (3, 3))

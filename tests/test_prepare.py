@@ -1,4 +1,4 @@
-"""ensure_shards and the materialize stage, on rendered eyes: once, resumable, one source."""
+"""ensure_shards and the materialize stage on rendered eyes."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def stamps(path):
     return {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
 
 
-def test_both_splits_are_made(data_dir):
+def test_both_splits_are_built(data_dir):
     assert {s: verify(data_dir / "shards" / s) for s in ("train", "validation")} in (
         {"train": 5, "validation": 1},
         {"train": 4, "validation": 2},
@@ -34,7 +34,7 @@ def test_both_splits_are_made(data_dir):
         assert shards.manifest["source_options"] == SourceOptions().as_dict()
 
 
-def test_a_second_call_needs_nothing_and_touches_nothing(data_dir, tmp_path):
+def test_a_second_call_reads_no_raw_data_and_writes_nothing(data_dir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)
     shutil.rmtree(copy / "raw")
@@ -53,7 +53,7 @@ def test_a_second_call_needs_nothing_and_touches_nothing(data_dir, tmp_path):
         ("synthetic:6", {"options": SourceOptions(validation_fraction=0.5)}, "0.5"),
     ],
 )
-def test_something_else_is_refused(data_dir, source, options, message):
+def test_another_source_or_option_is_refused(data_dir, source, options, message):
     before = stamps(data_dir)
     with pytest.raises(DataError, match=message) as caught:
         ensure_shards(data_dir, source, **options)
@@ -61,7 +61,7 @@ def test_something_else_is_refused(data_dir, source, options, message):
     assert stamps(data_dir) == before
 
 
-def test_missing_pieces_are_made_again(data_dir, tmp_path):
+def test_a_missing_split_is_rebuilt(data_dir, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)
     wanted = (copy / "shards" / "train" / "shard-00000.arrow").read_bytes()
@@ -77,7 +77,7 @@ def run(*words, cwd=None):
     )  # fmt: skip
 
 
-def test_the_stage_says_what_it_made_and_what_is_wrong(data_dir, tmp_path, pytestconfig):
+def test_the_stage_reports_its_result_and_errors(data_dir, tmp_path, pytestconfig):
     root = pytestconfig.rootpath
     out = tmp_path / "out"
     done = run("pipeline.materialize", "--raw", str(data_dir / "raw"), "--out", str(out), cwd=root)

@@ -1,4 +1,4 @@
-"""Preprocessing is that of RITnet and of revision A, and is applied once."""
+"""Preprocessing equals that of RITnet and revision A, and is applied once."""
 
 import cv2
 import numpy as np

@@ -1,7 +1,7 @@
-"""The part of the Hugging Face Hub that downloading a data set uses, on loopback, with faults.
+"""A local server with the part of the Hugging Face Hub API for downloading data sets, with faults.
 
-Speaks to the real `huggingface_hub` client: repository info, tree, HEAD and GET of files with ETag,
-X-Repo-Commit, X-Linked-Size and Range.
+Works with the real `huggingface_hub` client: repository info, tree, HEAD and GET of files with
+ETag, X-Repo-Commit, X-Linked-Size and Range.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose method and path match.
+    """A fault of requests whose method and path match a regular expression.
 
-    `kind` is a status with the Hub's error code ("403 GatedRepo"), "cut" (close half-way through
-    the body), "short" (a whole answer that lacks the end), "alter" (one byte flipped), "drop"
-    (close without an answer), "stall" (half of the body, then silence), "slow" (the body in pieces,
-    over two seconds) or "move" (the branch main is another commit from then on). It happens `times`
+    `kind` is a status with the Hub's error code ("403 GatedRepo"), "cut" (close halfway through the
+    body), "short" (a complete response without the end of the body), "alter" (one flipped bit),
+    "drop" (close without a response), "stall" (half of the body, then nothing), "slow" (the body in
+    pieces, over two seconds) or "move" (the branch main becomes another commit). It happens `times`
     times.
     """
 
@@ -34,9 +34,9 @@ class Fault:
 
 @dataclass
 class HubServer:
-    """A Hub with one data set repository; a context manager, so that its thread ends.
+    """A Hub with one data set repository; a context manager, which stops its thread.
 
-    With a `token` it answers only those who bring it.
+    With a `token`, requests without it are refused.
     """
 
     repository: str
@@ -61,14 +61,14 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Ends the server: from now on its port refuses connections."""
+        """Stops the server; its port then refuses connections."""
         self.stalled.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
     def fault(self, line: str) -> str | None:
-        """Returns the kind of fault that a request line meets, and counts it."""
+        """Returns the fault of a request, if any, and counts it."""
         for fault in self.faults:
             if fault.times > 0 and re.search(fault.match, line):
                 fault.times -= 1
@@ -76,7 +76,7 @@ class HubServer:
         return None
 
     def commit(self, revision: str) -> str | None:
-        """Returns the commit of a branch or commit name."""
+        """Returns the commit of a branch or commit, None if unknown."""
         commit = self.branches.get(revision, revision)
         return commit if commit in self.commits else None
 
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
     def do_HEAD(self) -> None:
         self._answer()

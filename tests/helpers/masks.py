@@ -9,7 +9,7 @@ from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_mask
 
 
 def blobs(seed):
-    """Returns a label of 0 to 4 ellipses, anywhere, also across the borders."""
+    """Returns a label of 0 to 4 ellipses at random places, possibly across the border."""
     rng = np.random.default_rng(seed)
     label = np.zeros((HEIGHT, WIDTH), np.uint8)
     for _ in range(rng.integers(0, 5)):
@@ -33,7 +33,7 @@ def pixels(*places):
 CORNERS = [pixels((0, 0)), pixels((399, 639)), pixels((0, 639)), pixels((399, 0))]
 EDGES = [pixels(np.s_[0, :]), pixels(np.s_[:, 639]), pixels(np.s_[:, :320]), 1 - CORNERS[0]]
 EMPTY, FULL = np.zeros((HEIGHT, WIDTH), np.uint8), np.ones((HEIGHT, WIDTH), np.uint8)
-# A low share stays in: one lone pixel far away is the largest distance, hardest for float32.
+# A low share is included: the distance to a single remote pixel is the hardest for float32.
 labels = st.integers(0, 2**32 - 1).map(blobs) | st.builds(
     noise, st.integers(0, 2**32 - 1), st.sampled_from([0.00001, 0.01, 0.5, 0.9999])
 )

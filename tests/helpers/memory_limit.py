@@ -1,4 +1,4 @@
-"""A process group whose memory, file cache included, the kernel limits: a small machine."""
+"""Limits the memory of processes, including their file cache, with a control group."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 class MemoryGroup:
-    """A control group; a process joins it by writing its number to `procs`."""
+    """A control group; a process joins it by writing its pid to `procs`."""
 
     def __init__(self, path, hits):
         self.procs, self._hits = path / "cgroup.procs", path / hits
 
     def hits(self):
-        """How often the limit was met, and memory had to be taken back."""
+        """Returns how often the limit was reached."""
         words = self._hits.read_text().split()
         return int(words[words.index("max") + 1] if "max" in words else words[0])
 
 
 @contextlib.contextmanager
 def limited_memory(limit_bytes):
-    """Yields a group; skips the test where this user may not make one."""
+    """Yields a group; skips the test if the user may not create one."""
     parent, limit, hits = ROOT / "memory", "memory.limit_in_bytes", "memory.failcnt"
-    if (ROOT / "cgroup.controllers").exists():  # the second version
+    if (ROOT / "cgroup.controllers").exists():  # version 2
         parent, limit, hits = ROOT, "memory.max", "memory.events"
     path = parent / f"pupilseg-{os.getpid()}"
     try:
@@ -36,7 +36,7 @@ def limited_memory(limit_bytes):
     except OSError as error:
         if path.exists():
             path.rmdir()
-        pytest.skip(f"limiting memory needs a control group of one's own: {error}")
+        pytest.skip(f"limiting memory needs permission to create a control group: {error}")
     try:
         yield MemoryGroup(path, hits)
     finally:

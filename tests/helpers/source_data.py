@@ -1,4 +1,4 @@
-"""Small data sets in every layout, made of blobs and ellipses: no recorded eye is in them."""
+"""Small data sets in every layout, made of blobs and ellipses, without recorded eyes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def frame(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an image and a binary label, both a function of `number`."""
+    """Returns an image and a binary label that depend only on `number`."""
     rng = np.random.default_rng(number)
     coarse = rng.integers(0, 256, (10, 16), dtype=np.uint8)
     image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST)
@@ -35,7 +35,7 @@ def frame(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def four_classes(label: np.ndarray) -> np.ndarray:
-    """Returns a label of four classes whose class 3 is the pupil."""
+    """Returns a label of four classes, with the pupil as class 3."""
     classes = np.zeros_like(label)
     classes[50:350, 60:600] = 1
     classes[cv2.dilate(label, np.ones((41, 41), np.uint8)) == 1] = 2
@@ -44,7 +44,7 @@ def four_classes(label: np.ndarray) -> np.ndarray:
 
 
 def list_array(values: np.ndarray, lengths: Sequence[int]) -> pa.Array:
-    """Returns values of (rows, ...) as lists nested with these lengths."""
+    """Returns an array (rows, ...) as nested lists of the given lengths."""
     array = pa.array(values.reshape(-1))
     for length in reversed(lengths):
         offsets = np.arange(0, len(array) + 1, length, dtype=np.int32)
@@ -78,7 +78,7 @@ def table(numbers: Sequence[int], *, nested: bool, maps: bool = True) -> dict[st
 
 
 def write(path: Path, columns: dict[str, pa.Array], *, rows_per_group: int = 1000) -> Path:
-    """Writes columns, nested ones with the field metadata that `datasets` gives its arrays."""
+    """Writes columns; nested ones get the field metadata of array types of `datasets`."""
     fields = []
     for name, array in columns.items():
         metadata = None
@@ -102,7 +102,7 @@ def write(path: Path, columns: dict[str, pa.Array], *, rows_per_group: int = 100
 
 
 def write_both(root: Path, *, train: Sequence[int] = (0, 1), validation: Sequence[int] = (2,)):
-    """Writes a flat data set without maps, one file a split."""
+    """Writes a flat data set without maps, one file per split."""
     write(root / "train" / "shard_00000.parquet", table(train, nested=False, maps=False))
     write(root / "validation" / "shard_00000.parquet", table(validation, nested=False, maps=False))
     return root

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pupilseg.loader.decode import DECODED, BatchDecoder, gather_row, layout_of
+from pupilseg.loader.decode import DECODED, DECODERS, BatchDecoder, gather_row, layout_of
 from pupilseg.runtime.threads import RowPool
 from pupilseg.shards import open_shards, write_shards
 from pupilseg.shards.codec import FrameDecoder
-from pupilseg.shards.format import U2
+from pupilseg.shards.format import RAW, U2
 from tests.helpers.fakes import FakeDataset
 
 CPU = torch.device("cpu")
@@ -97,3 +97,11 @@ def test_damaged_integers_stay_inside_the_table(shards):
         damaged[name].view(torch.uint8).fill_(value & 0xFF)
         maps = BatchDecoder(layout, CPU, torch.int64)(damaged)["dist_map"]
         assert maps.shape == (2, 2, 400, 640)
+
+
+def test_an_encoding_without_a_batch_decoder_is_decoded_row_by_row(shards, monkeypatch):
+    monkeypatch.delitem(DECODERS, U2)
+    layout = layout_of(shards, DECODED)
+    assert layout.encodings["dist_map"] == RAW
+    packed = gathered(shards, layout, range(SAMPLES))
+    check(shards, BatchDecoder(layout, CPU, torch.int64)(packed), range(SAMPLES))

@@ -1,4 +1,4 @@
-"""The real huggingface_hub client against a Hub on loopback: what arrives, and what goes wrong."""
+"""The real huggingface_hub client against a local Hub: downloads and faults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OLD, NEW = "a" * 40, "b" * 40
 
 @pytest.fixture(scope="module")
 def commits(tmp_path_factory):
-    """Two commits that differ in their frames, as bytes by path."""
+    """Two commits with different frames: commit -> path -> bytes."""
     root = tmp_path_factory.mktemp("repository")
     contents = {}
     for commit, numbers in ((OLD, (0, 1, 2)), (NEW, (10, 11, 12))):
@@ -54,7 +54,7 @@ def hub(commits):
 
 
 class Client:
-    """Runs programs with a Hub cache and data directory of their own."""
+    """Runs programs with their own Hub cache and data directory."""
 
     def __init__(self, server: HubServer, folder: Path) -> None:
         self.folder, self.out = folder, folder / "raw"
@@ -101,7 +101,7 @@ class Client:
 
 
 def pad(hub: HubServer) -> None:
-    """Makes the train file 24 MB: the client keeps what it has every 10 MB."""
+    """Makes the train file 24 MB: the client saves its progress every 10 MB."""
     path = "train/shard_00000.parquet"
     columns = pq.read_table(io.BytesIO(hub.commits[NEW][path]))
     noise = [np.random.default_rng(row).bytes(12_000_000) for row in range(len(columns))]
@@ -116,7 +116,7 @@ def client(hub, tmp_path):
 
 
 def check_failure(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Asserts a plain error of one paragraph that holds the words."""
+    """Asserts that the program fails with one plain error line that matches the words."""
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [part for part in done.stderr.splitlines() if part.startswith("error: ")]
@@ -135,7 +135,7 @@ def test_downloads_once_then_needs_no_network(hub, client, commits):
     }
     assert not any("README" in path for method, path, _ in hub.requests if method == "GET")
     hub.requests.clear()
-    # The Hub moves on; what is in place stays, unasked.
+    # The Hub gets a new commit; the downloaded one stays, without a request.
     hub.branches["main"] = OLD
     assert client.download().returncode == 0
     assert client.download(f"{REPOSITORY}@{NEW}").returncode == 0
@@ -168,7 +168,7 @@ def test_other_options_use_the_same_commit(hub, client):
     assert client.manifest()["options"]["augmented_train"] is False
 
 
-def test_lost_cache_is_named_and_fetched_again(hub, client):
+def test_a_lost_cache_is_reported_and_downloaded_again(hub, client):
     assert client.download().returncode == 0
     for blob in (client.folder / "hf").rglob("blobs/*"):
         blob.unlink()
@@ -189,7 +189,7 @@ def test_small_files_are_checked_by_their_git_id(hub, client):
     check_failure(client.download(), "altered", "run the same command again")
 
 
-def test_altered_file_is_removed_and_the_retry_heals(hub, client):
+def test_an_altered_file_is_removed_and_downloaded_again(hub, client):
     hub.faults = [Fault("GET .*/resolve/.*train", "alter", times=1)]
     check_failure(client.download(), "shard_00000.parquet was altered", "run the same command")
     assert not client.out.joinpath("source.json").exists()
@@ -197,7 +197,7 @@ def test_altered_file_is_removed_and_the_retry_heals(hub, client):
     assert client.first_image() == int(frame(10)[0].sum())
 
 
-def test_cut_connection_resumes_where_it_broke(hub, client):
+def test_a_lost_connection_resumes_at_its_position(hub, client):
     pad(hub)
     hub.faults = [Fault("GET .*/resolve/.*train", "cut", times=1)]
     done = client.download()
@@ -212,7 +212,7 @@ from functools import partial
 import huggingface_hub
 from huggingface_hub import constants
 import huggingface_hub.file_download, huggingface_hub.hf_api
-# One file after another: how often two threads make the same folder differs from run to run.
+# One file after another: with two threads the number of changes to files is not deterministic.
 huggingface_hub.snapshot_download = partial(huggingface_hub.snapshot_download, max_workers=1)
 import pupilseg.sources.parquet
 from pupilseg.sources import download
@@ -224,7 +224,7 @@ def run(folder):
 
 
 def test_a_kill_before_each_change_to_a_file(client, tmp_path):
-    """Every state of cache and data directory that a kill can leave, one after another."""
+    """Covers every state of cache and data directory that a kill can leave."""
     with Victim(f"REPOSITORY = {REPOSITORY!r}" + DOWNLOAD, client.env) as victim:
         victim.run(tmp_path / "whole")
         wanted = (tmp_path / "whole" / "raw" / "source.json").read_bytes()
@@ -235,28 +235,28 @@ def test_a_kill_before_each_change_to_a_file(client, tmp_path):
             assert not placed[-1] or source.read_bytes() == wanted, folder.name
             victim.run(folder)
             assert source.read_bytes() == wanted, folder.name
-            # The file of a lock stays where the kill came between it and the manifest; it is free.
+            # A kill may leave the lock file behind, unlocked.
             left = {p.name for p in (folder / "raw").iterdir()} - {LOCK_NAME}
             assert left == {"source.json"}, folder.name
     assert list(dict.fromkeys(placed)) == [False, True]
 
 
-def test_slow_answers_are_waited_for_and_silence_is_not(hub, client):
+def test_slow_responses_are_accepted_and_stalled_ones_retried(hub, client):
     pad(hub)
     client.env["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
     hub.faults = [Fault("GET .*/resolve/.*train", "stall", times=1), Fault("GET .*train", "slow")]
     done = client.download()
     assert done.returncode == 0, done.stderr
     ranges = [asked for _, path, asked in hub.requests if "train" in path and asked]
-    assert re.fullmatch(r"bytes=[1-9]\d*-", ranges[0]), "what had arrived is fetched again"
+    assert re.fullmatch(r"bytes=[1-9]\d*-", ranges[0]), "the download does not start over"
     assert client.first_image() == int(frame(10)[0].sum())
 
 
-def test_a_hub_that_moves_between_two_requests_gives_one_commit(hub, client, commits):
-    """The listing, the files and their digests are of the commit that was named first."""
+def test_a_new_commit_between_two_requests_is_ignored(hub, client, commits):
+    """The listing, the files and their digests belong to the first commit."""
     hub.faults = [Fault("/tree/", "move", times=1)]
     assert client.download().returncode == 0
-    assert hub.branches["main"] == OLD, "it did move"
+    assert hub.branches["main"] == OLD, "the branch has changed"
     assert client.manifest()["commit"] == NEW
     digests = {entry["path"]: entry["sha256"] for entry in client.manifest()["files"]}
     assert digests == {
@@ -286,7 +286,7 @@ def test_a_hub_that_moves_between_two_requests_gives_one_commit(hub, client, com
     ],
     ids=lambda value: value.kind + value.match[-6:] if isinstance(value, Fault) else "",
 )
-def test_fault_is_named_with_its_mend(hub, client, fault, words):
+def test_faults_are_reported_with_a_fix(hub, client, fault, words):
     hub.faults = [fault]
     client.env["HF_HUB_DOWNLOAD_TIMEOUT"] = "1" if fault.kind == "stall" else "2"
     check_failure(client.download(), REPOSITORY, *words)
@@ -313,7 +313,7 @@ def test_repository_without_parquet_files(hub, client):
     check_failure(client.download(), "no parquet files", "image and label")
 
 
-def test_path_that_climbs_is_refused_before_it_is_fetched(hub, client):
+def test_an_unsafe_path_is_refused_before_the_download(hub, client):
     hub.commits[NEW] = hub.commits[NEW] | {"train/../../../../x.parquet": b"boo"}
     check_failure(client.download(), "not a path inside it")
     assert not any("/resolve/" in path for _, path, _ in hub.requests)
@@ -327,12 +327,12 @@ def test_unsafe_paths(path):
         safe_relative(path, "here")
 
 
-def test_cache_that_cannot_be_written(hub, client):
+def test_an_unwritable_cache(hub, client):
     client.env["HF_HOME"] = "/dev/null/cache"
     check_failure(client.download(), "cache cannot be written", "set HF_HOME")
 
 
-def test_cache_without_room(hub, client):
+def test_a_full_cache(hub, client):
     pad(hub)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
@@ -346,7 +346,7 @@ def test_cache_without_room(hub, client):
 
 
 def test_missing_package_names_the_extra(client):
-    # A module of this name that cannot be imported stands first on the path.
+    # A module of this name that fails to import is first on the path.
     shadow = client.folder / "shadow"
     shadow.mkdir()
     (shadow / "huggingface_hub.py").write_text(

@@ -1,4 +1,4 @@
-"""OpenEDS folders: both layouts, splits by subject, sizes, and what is refused."""
+"""OpenEDS folders: both layouts, splits by subject, frame sizes, and errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_folders_of_images_and_labels(tmp_path, suffix):
         assert sample.name == f"{split}/images/x"
 
 
-def test_labels_of_two_classes_are_known_as_such(tmp_path):
+def test_labels_of_two_classes_are_recognized(tmp_path):
     folder = write_openeds(tmp_path / "eyes" / "S_1", range(4), classes=2)
     data = opened(tmp_path / "eyes", tmp_path / "raw")
     np.testing.assert_array_equal(next(data.read("train", 1, 2)).label, frame(1)[1])
@@ -81,7 +81,7 @@ def test_labels_of_two_classes_are_known_as_such(tmp_path):
         list(data.read("train", 0, 3))
 
 
-def test_blink_before_open_eyes_does_not_make_the_set_binary(tmp_path):
+def test_a_blink_at_the_start_does_not_make_the_set_binary(tmp_path):
     folder = write_openeds(tmp_path / "eyes" / "S_1", range(4))
     np.save(folder / "0.npy", np.zeros((400, 640), np.uint8))
     samples = list(opened(tmp_path / "eyes", tmp_path / "raw").read("train", 0, 3))
@@ -99,7 +99,7 @@ def test_upright_frames_are_fitted_and_recorded(tmp_path, caplog, mode):
     columns = np.flatnonzero(sample.image.any(axis=0))
     assert sample.image.shape == (400, 640)
     assert (columns[-1] - columns[0] + 1) == (250 if mode == "letterbox" else 640)
-    # Image and label stay aligned: the pupil's centre moves as the geometry says.
+    # Image and label stay aligned: the pupil's center moves as expected.
     label = cv2.resize(frame(0)[1], (400, 640), interpolation=cv2.INTER_NEAREST)
     y, x = (float(v.mean()) for v in np.nonzero(label))
     got_y, got_x = (float(v.mean()) for v in np.nonzero(sample.label))
@@ -182,7 +182,7 @@ def test_bad_files_are_named(tmp_path, spoil, words):
         list(opened(tmp_path / "eyes", tmp_path / "raw").read("train", 0, 2))
 
 
-def test_grey_png_with_three_channels_is_taken(tmp_path):
+def test_a_gray_png_with_three_channels_is_accepted(tmp_path):
     folder = write_openeds(tmp_path / "eyes" / "S_1", range(2))
     image, _ = frame(0)
     cv2.imwrite(str(folder / "0.png"), np.stack([image] * 3, axis=2))
@@ -190,7 +190,7 @@ def test_grey_png_with_three_channels_is_taken(tmp_path):
     np.testing.assert_array_equal(sample.image, image)
 
 
-def test_empty_and_foreign_folders(tmp_path):
+def test_empty_and_unknown_folders(tmp_path):
     (tmp_path / "eyes" / "S_1").mkdir(parents=True)
     (tmp_path / "none").mkdir()
     (tmp_path / "other").mkdir()
@@ -207,7 +207,7 @@ def test_empty_and_foreign_folders(tmp_path):
     assert not (tmp_path / "raw" / "source.json").exists()
 
 
-def test_frame_that_changed_since_is_named(tmp_path):
+def test_a_changed_frame_is_named(tmp_path):
     folder = write_openeds(tmp_path / "eyes" / "S_1", range(3))
     opened(tmp_path / "eyes", tmp_path / "raw")
     (folder / "2.png").unlink()

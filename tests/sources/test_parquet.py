@@ -1,4 +1,4 @@
-"""Parquet files of both revisions: read exactly, by range, and refused by name when wrong."""
+"""Parquet files of both revisions: exact values, reading by range, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def opened(source, out, **options):
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("layout", ["{}/part.parquet", "data/{}-00000-of-00001.parquet"])
-def test_both_revisions_give_back_what_was_written(tmp_path, nested, layout):
+def test_both_revisions_are_read_exactly(tmp_path, nested, layout):
     root = tmp_path / "eyes"
     write(root / layout.format("train"), table([0, 1, 2], nested=nested))
     write(root / layout.format("validation"), table([3], nested=nested))
@@ -73,12 +73,12 @@ def test_ranges_equal_the_whole_across_groups_and_files(many):
     assert whole == [(f"{n}", int(frame(n)[0].sum())) for n in range(42)]
     for start, stop in [(0, 0), (5, 9), (6, 7), (19, 24), (20, 23), (3, 42), (41, 42), (0, 1)]:
         assert sums(data.read("train", start, stop)) == whole[start:stop], (start, stop)
-    # Forwards range by range, as a shard writer reads, with gaps for other workers.
+    # Forwards range by range, as in a shard writer, with gaps for other workers.
     chunks = [sums(data.read("train", start, start + 5)) for start in range(0, 40, 10)]
     assert chunks == [whole[start : start + 5] for start in range(0, 40, 10)]
 
 
-def test_two_readers_of_one_data_set_do_not_disturb_each_other(many):
+def test_two_readers_of_one_data_set_are_independent(many):
     data = open_dataset(many)
     whole = sums(data.read("train", 0, 42))
     pairs = zip(data.read("train", 2, 12), data.read("train", 25, 35), strict=True)
@@ -93,14 +93,14 @@ def test_pickled_copy_reads_the_same(many):
     assert copy.source == data.source
 
 
-def test_ranges_outside_are_refused(many):
+def test_ranges_out_of_bounds_are_refused(many):
     data = open_dataset(many)
     for start, stop in [(0, 43), (-1, 2), (5, 4)]:
         with pytest.raises(IndexError):
             list(data.read("train", start, stop))
 
 
-def test_augmented_rows_are_left_out_by_switch(tmp_path):
+def test_augmented_rows_are_optional(tmp_path):
     names = ["a", "a_flip", "a_blur.png", "a_lines", "b_flipped", "b"]
     for split in ("train", "validation"):
         columns = table(range(6), nested=False, maps=False)

@@ -1,4 +1,4 @@
-"""One string names a source; one directory holds it; `source.json` says what is there."""
+"""Source strings, `download` and the record of a source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_forms(text, revision, kind, shown):
     assert (source.kind, str(source)) == (kind, shown)
 
 
-def test_folder_that_exists_wins_over_a_repository(tmp_path, monkeypatch):
+def test_an_existing_folder_takes_precedence_over_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse_source("someone/eyes").kind == "hub"
     (tmp_path / "someone" / "eyes").mkdir(parents=True)
@@ -60,7 +60,7 @@ def test_folder_that_exists_wins_over_a_repository(tmp_path, monkeypatch):
         ("a/b@v1", "v2", UsageError, "two revisions"),
     ],
 )
-def test_what_is_no_source(text, revision, error, words):
+def test_invalid_source_strings(text, revision, error, words):
     with pytest.raises(error, match=words):
         parse_source(text, revision)
 
@@ -97,7 +97,7 @@ def test_second_call_writes_nothing_and_needs_no_lock(tmp_path):
     assert sorted(p.name for p in (tmp_path / "raw").iterdir()) == ["source.json"]
 
 
-def test_other_options_are_recorded_anew(tmp_path):
+def test_other_options_are_recorded(tmp_path):
     write_openeds(tmp_path / "eyes" / "S_1", range(4))
     download(str(tmp_path / "eyes"), tmp_path / "raw")
     options = SourceOptions(validation_fraction=0.5)
@@ -105,7 +105,7 @@ def test_other_options_are_recorded_anew(tmp_path):
     assert open_dataset(tmp_path / "raw").count("validation") == 2
 
 
-def test_manifest_that_is_damaged_or_missing(tmp_path):
+def test_a_damaged_or_missing_record(tmp_path):
     with pytest.raises(DataError, match=r"does not exist; .*pipeline.download --source SOURCE"):
         open_dataset(tmp_path)
     for text, words in [
@@ -119,7 +119,7 @@ def test_manifest_that_is_damaged_or_missing(tmp_path):
             open_dataset(tmp_path)
 
 
-def test_output_in_the_way(tmp_path):
+def test_an_unwritable_output(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         download("synthetic:4", tmp_path / "file" / "raw")
@@ -145,7 +145,7 @@ def test_rendered_source(tmp_path):
     assert open_dataset(tmp_path).count("train") == 4
 
 
-def test_mend_command_repeats_the_options(tmp_path):
+def test_the_suggested_command_repeats_the_options(tmp_path):
     options = SourceOptions(augmented_validation=True, validation_fraction=0.4, seed=1)
     path = download("synthetic:5", tmp_path, options=options)
     manifest = json.loads(path.read_text())
@@ -168,7 +168,7 @@ def run_download(*words, **kwargs):
     )
 
 
-def test_program_says_what_is_there_and_fails_plainly(tmp_path):
+def test_the_program_reports_the_source_and_plain_errors(tmp_path):
     write_both(tmp_path / "one")
     raw = str(tmp_path / "raw")
     done = run_download("--source", str(tmp_path / "one"), "--out", raw)
@@ -195,7 +195,7 @@ def test_program_says_what_is_there_and_fails_plainly(tmp_path):
         assert ("error: " in done.stderr) == (code != 0)
 
 
-def test_second_program_waits_for_the_first(tmp_path):
+def test_a_second_program_waits_for_the_first(tmp_path):
     write_both(tmp_path / "one")
     with directory_lock(tmp_path / "raw"):
         program = subprocess.Popen(
@@ -216,7 +216,7 @@ def test_second_program_waits_for_the_first(tmp_path):
     assert open_dataset(tmp_path / "raw").count("train") == 2
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real OpenEDS frames beside the checkout")
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs real OpenEDS frames beside the checkout")
 def test_real_frames_in_three_layouts(tmp_path):
     from pupilseg.maps import distance_maps, spatial_weights
 
@@ -229,7 +229,7 @@ def test_real_frames_in_three_layouts(tmp_path):
         assert data.preprocessing == ("gamma0.8+clahe1.5" if "pre" in name else "none")
         frames[name] = next(data.read("train", 0, 1))
     raw, augmented = frames["raw"], frames["hub-augmented"]
-    # The first frame is the same recording in all three; revision B adds maps by our definitions.
+    # The first frame is the same in all three; revision B adds maps with the same definition.
     np.testing.assert_array_equal(augmented.image, raw.image)
     for other in (augmented, frames["hub-preprocessed"]):
         np.testing.assert_array_equal(other.label, raw.label)
