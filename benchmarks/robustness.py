@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.machine import machine_line
 from benchmarks.score_table import print_head, print_row
 from pupilseg.cli.program import main_program, positive_int
-from pupilseg.evaluate.scoring import centroid, score_frames, summarise
+from pupilseg.evaluate.scoring import centroid, score_frames, summarize
 from pupilseg.geometry import HEIGHT, WIDTH
 from pupilseg.predict.predictor import Predictor
 from pupilseg.preprocess import gamma_clahe
@@ -114,7 +114,7 @@ def main() -> None:
         print_head("frames")
         for name, change in CHANGES.items():
             pairs = ((label, predictor(image).mask) for image, label in map(change, frames))
-            print_row(name, summarise(score_frames(names, pairs)))
+            print_row(name, summarize(score_frames(names, pairs)))
 
 
 if __name__ == "__main__":

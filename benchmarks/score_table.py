@@ -17,7 +17,7 @@ def print_head(first: str) -> None:
 
 
 def print_row(name: str, scores: Mapping[str, Any]) -> None:
-    """Prints a row; `scores` are those of `scoring.summarise`."""
+    """Prints a row; `scores` are those of `scoring.summarize`."""
     print(
         f"| {name} | {scores['pupil_iou_mean']:.4f} | {scores['pupil_iou_p5']:.4f} | "
         f"{scores['center_error_px_mean']:.2f} | {scores['found_share']:.1%} |",

@@ -14,7 +14,7 @@ from pupilseg.cli.program import finishing, positive_int
 from pupilseg.cli.table import print_table
 from pupilseg.errors import UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.weights import NAMES, RELEASED, TORCH_SUFFIXES, model_path
+from pupilseg.weights import DEFAULT, NAMES, SAFETENSORS, TORCH_SUFFIXES, model_path
 
 if TYPE_CHECKING:
     from pupilseg.model_files.calibration import Calibration
@@ -86,16 +86,16 @@ def add_predict_commands(commands: Any) -> None:
     view.set_defaults(command=_view)
 
     info = commands.add_parser("info", help="say what a model file holds")
-    info.add_argument("file", help=f"FILE.onnx, FILE.pt, FILE{RELEASED}, or {', '.join(NAMES)}")
+    info.add_argument("file", help=f"FILE.onnx, FILE.pt, FILE{SAFETENSORS}, or {', '.join(NAMES)}")
     info.set_defaults(command=_info)
 
     bench = commands.add_parser("bench", help="measure milliseconds a frame on this machine")
-    bench.add_argument("file", nargs="?", default=NAMES[0], help="as --model of predict")
+    bench.add_argument("file", nargs="?", default=DEFAULT, help="as --model of predict")
     bench.add_argument("--repeats", type=positive_int, default=200, help="default: %(default)s")
     bench.set_defaults(command=_bench)
 
     predict.add_argument(
-        "--model", default=NAMES[0], help=f"FILE.onnx, or {', '.join(NAMES)} (default: %(default)s)"
+        "--model", default=DEFAULT, help=f"FILE.onnx, or {', '.join(NAMES)} (default: %(default)s)"
     )
     for command in (predict, bench):
         command.add_argument(
@@ -176,7 +176,7 @@ def _info(args: argparse.Namespace) -> int:
         lines = _onnx_lines(file)
     else:
         raise UsageError(
-            f"{file} has the suffix {file.suffix!r}, expected .pt, {RELEASED} or .onnx"
+            f"{file} has the suffix {file.suffix!r}, expected .pt, {SAFETENSORS} or .onnx"
         )
     print_table({"file": f"{file} ({file.stat().st_size:,} bytes)"} | lines)
     return 0
@@ -184,21 +184,21 @@ def _info(args: argparse.Namespace) -> int:
 
 def _onnx_lines(file: Path) -> dict[str, Any]:
     """Returns what an ONNX file says, by heading."""
-    from pupilseg.model_files.onnx import OUTPUT_SHAPES, OnnxNetwork
+    from pupilseg.model_files.onnx import OUTPUTS, OnnxNetwork
 
     info = OnnxNetwork(file).info
-    name = "logits" if info.task == "segmentation" else "ellipse"
-    output = ", ".join(str(size) for size in OUTPUT_SHAPES[info.task])
+    output = OUTPUTS[info.task]
+    shape = ", ".join(str(size) for size in output.shape)
     return {
         "model": f"{info.model} ({info.task}), written by pupilseg {info.version}",
         "parameters": "not recorded" if info.parameters is None else f"{info.parameters:,}",
         "input": f"image: uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalised inside",
-        "output": f"{name}: float32 (N, {output})",
+        "output": f"{output.name}: float32 (N, {shape})",
         "preprocessing": info.preprocessing,
         "data": info.data,
         "metrics": info.metrics,
         "confidence": _confidence(info.calibration),
-        "licence": info.licence,
+        "license": info.license,
     }
 
 
@@ -217,23 +217,22 @@ def _confidence(calibration: Calibration | None) -> str:
 def _checkpoint_lines(file: Path) -> dict[str, Any]:
     """Returns what a checkpoint says, by heading."""
     try:
-        from pupilseg.model_files.checkpoint import load_model
+        from pupilseg.model_files.checkpoint import load_model_and_card
         from pupilseg.models import model_entry
     except ImportError as error:
         raise UsageError(
             f"{file} needs the package torch; run `pip install 'pupilseg[train]'`"
         ) from error
-    network = load_model(file)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]  # set by load_model
-    entry = model_entry(card["model"])
+    network, card = load_model_and_card(file)
+    entry = model_entry(card.model)
     return {
-        "model": f"{card['model']} ({entry.task}): {entry.summary}",
+        "model": f"{card.model} ({entry.task}): {entry.summary}",
         "parameters": f"{sum(p.numel() for p in network.parameters()):,}",
         "input": f"float32 (N, 1, {HEIGHT}, {WIDTH}) in [-1, 1]: (x / 255 - 0.5) / 0.5",
-        "preprocessing": card.get("preprocessing", "not recorded"),
-        "data": card.get("data", "not recorded"),
-        "metrics": card.get("metrics", {}),
-        "licence": card.get("licence", "not recorded"),
+        "preprocessing": card.preprocessing or "not recorded",
+        "data": card.data or "not recorded",
+        "metrics": card.metrics,
+        "license": card.license or "not recorded",
     }
 
 

@@ -16,7 +16,7 @@ from pupilseg.evaluate.scoring import (
     FrameScores,
     score_frames,
     share_within,
-    summarise,
+    summarize,
 )
 from pupilseg.files import atomic_path, write_json
 from pupilseg.model_files.calibration import reliability
@@ -71,7 +71,7 @@ def evaluate_model(
         history: a training run's history.csv, drawn into the report.
 
     Returns:
-        What metrics.json holds: `scoring.summarise`, calibration_error (mean distance of
+        What metrics.json holds: `scoring.summarize`, calibration_error (mean distance of
         confidence and outcome), calibrated_on, model, model_file, preprocessing, data, split. What
         there was no frame for is NaN here and null there.
 
@@ -105,7 +105,7 @@ def evaluate_model(
         confidence = certainty.confidence(network.calibration)
         found = certainty.found
         curve = reliability(confidence[found], certainty.good[found])
-        metrics = summarise(scores) | {
+        metrics = summarize(scores) | {
             "calibration_error": curve.error,
             "calibrated_on": "" if network.calibration is None else network.calibration.data,
             "model": network.name,

@@ -112,7 +112,7 @@ def score_frames(names: list[str], pairs: Iterable[tuple[Any, Any]]) -> FrameSco
     return FrameScores(names, *areas.T, *errors.T)
 
 
-def summarise(scores: FrameScores) -> dict[str, float]:
+def summarize(scores: FrameScores) -> dict[str, float]:
     """Derives the split's scores.
 
     Returns:

@@ -1,51 +1,51 @@
-"""The card of released weights, in the form that model hubs read."""
+"""The Markdown page of released weights, in the format of model hubs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pupilseg
 from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.model_files.onnx import OUTPUTS
 from pupilseg.models import model_entry
 from pupilseg.synthetic import RENDERER_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pupilseg.model_files.card import ModelCard
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-OUTPUTS = {
-    "segmentation": f"`logits`, float32 (N, 2, {HEIGHT}, {WIDTH}): background, pupil",
-    "ellipse": "`ellipse`, float32 (N, 4): cx / 640, cy / 400, rx / R, ry / R, "
-    "R = hypot(640, 400) / 2",
-}
-"""What the ONNX file gives, by task."""
 
 
 def model_card(
-    card: Mapping[str, Any],
+    card: ModelCard,
     parameters: int,
     files: Mapping[str, Path],
     scores: Mapping[str, float],
     remarks: str,
 ) -> str:
-    """Returns a card as Markdown with a YAML head.
+    """Returns the page as Markdown with YAML front matter.
 
     Args:
         card: of the checkpoint.
-        parameters: number of trained numbers.
-        files: `onnx`, `weights` and `picture`, which lie beside the card.
+        parameters: number of trainable parameters.
+        files: `onnx`, `weights` and `picture`, in the same folder as the page.
         scores: on rendered frames; see `release.summary`.
-        remarks: further Markdown, such as scores on real eyes.
+        remarks: more Markdown, such as scores on real eyes.
     """
-    entry = model_entry(card["model"])
-    values = {key: card["config"][key] for key in ("epochs", "batch_size", "seed")}
-    values |= {key: card[key] for key in ("data", "train_frames", "preprocessing")}
-    values |= {key: path.name for key, path in files.items()}
+    entry = model_entry(card.model)
+    output = OUTPUTS[entry.task]
+    shape = ", ".join(str(size) for size in output.shape)
     return TEMPLATE.read_text(encoding="utf-8").format(
-        **values,
         **scores,
-        name=card["model"],
+        **{key: path.name for key, path in files.items()},
+        **{key: card.config[key] for key in ("epochs", "batch_size", "seed")},
+        data=card.data,
+        train_frames=card.train_frames,
+        preprocessing=card.preprocessing,
+        name=card.model,
         version=pupilseg.__version__,
         renderer_version=RENDERER_VERSION,
         summary=entry.summary[0].upper() + entry.summary[1:],
@@ -54,8 +54,8 @@ def model_card(
         weights_bytes=files["weights"].stat().st_size,
         height=HEIGHT,
         width=WIDTH,
-        output=OUTPUTS[entry.task],
-        valid_iou=card["metrics"]["valid_pupil_iou"],
-        valid_center_px=card["metrics"]["valid_center_px"],
+        output=f"`{output.name}`, float32 (N, {shape}): {output.meaning}",
+        valid_iou=card.metrics["valid_pupil_iou"],
+        valid_center_px=card.metrics["valid_center_px"],
         remarks=remarks.strip() or "Real eyes: not measured.",
     )

@@ -1,15 +1,14 @@
-"""Model file -> ONNX: uint8 in, normalisation inside, nothing in the file that is not needed.
+"""Exports a network to ONNX: uint8 input, normalization inside, nothing unneeded in the file.
 
 The exporter leaves a stack trace and its own names on every node, more than these networks' weights
-weigh: 495 KB for 25,785 parameters, where the same graph stripped of them is 137 KB.
+take: 495 KB for 25,785 parameters, where the same graph without them is 137 KB.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,79 +16,72 @@ from torch import Tensor, nn
 
 from pupilseg import __version__
 from pupilseg.errors import CheckpointError, UsageError
+from pupilseg.export import ExportReport
 from pupilseg.files import atomic_path
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.model_files.checkpoint import load_model
+from pupilseg.model_files.checkpoint import load_model_and_card
+from pupilseg.model_files.onnx import INPUT_NAME, OUTPUTS, ModelInfo, OnnxNetwork, onnx_session
 from pupilseg.models import model_entry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx
 
+    from pupilseg.model_files.card import ModelCard
+
 MAX_BYTES = 300_000
 OPSET = 18
-"""Oldest opset with all that is needed; every ONNX Runtime since 1.14 (2023) reads it."""
+"""Oldest opset that has every operator needed; every ONNX Runtime since 1.14 (2023) reads it."""
 PARITY_BATCHES = (1, 2, 7)
 PARITY_TOLERANCE = 1e-3
-"""Largest difference from torch that is accepted, relative to the largest output magnitude."""
-INPUT_NAME = "image"
-OUTPUT_NAMES = {"segmentation": "logits", "ellipse": "ellipse"}
+"""Largest accepted difference from torch, relative to the largest output magnitude."""
 
 
-class Normalised(nn.Module):
-    """A network with its input contract: uint8 (N, 1, 400, 640) becomes (x / 255 - 0.5) / 0.5."""
+class WithNormalization(nn.Module):
+    """A network that takes uint8 images: (x / 255 - 0.5) / 0.5 is part of the graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps uint8 images to the network's output."""
+        """Maps uint8 (N, 1, 400, 640) to the network's output."""
         out: Tensor = self.model(image.float() * (2 / 255) - 1)
         return out
 
 
-def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None) -> dict[str, Any]:
+def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None) -> ExportReport:
     """Writes a model file as ONNX, after comparing it with torch in ONNX Runtime.
 
     Args:
         model_file: written by `pupilseg.model_files.checkpoint.save_model`.
-        out: the `*.onnx` to write; appears only once size and parity hold.
-        calibrate_on: shards of the validation split, on which the confidence is fitted; None for a
-            raw score.
-
-    Returns:
-        bytes, parity (largest relative difference), and the metadata stored in the file.
+        out: the `*.onnx` to write; it appears only if size and parity are within bounds.
+        calibrate_on: shards of the validation split, on which the confidence is calibrated; None
+            keeps the raw score.
 
     Raises:
-        CheckpointError: the model file is damaged or foreign, or parity fails.
+        CheckpointError: the model file is damaged or not written by pupilseg, or parity fails.
         DataError: the shards are missing or damaged.
         UsageError: the package onnx or onnxscript is not installed, the file is too large, or the
-            shards' images went through another preprocessing than the model's.
+            shards' images have another preprocessing than the model's.
         OutputError: `out` cannot be written.
     """
-    model = load_model(model_file)
-    card: dict[str, Any] = model.card  # type: ignore[assignment]  # set by load_model
-    task = model_entry(card["model"]).task
+    model, card = load_model_and_card(model_file)
+    parameters = sum(p.numel() for p in model.parameters())
+    info = onnx_info(card, parameters, str(model_file))
     if calibrate_on is not None:
         from pupilseg.evaluate.confidence import calibrate, check_preprocessing
-        from pupilseg.model_files.onnx import OnnxNetwork
         from pupilseg.shards import open_shards
 
-        with open_shards(calibrate_on) as shards:  # before the seconds that tracing takes
-            check_preprocessing(shards, card.get("preprocessing", "none"), str(model_file))
-    proto = to_onnx(model, OUTPUT_NAMES[task])
-    parameters = sum(p.numel() for p in model.parameters())
-    metadata = {**metadata_of(card, task, str(model_file)), "parameters": str(parameters)}
-    for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=value)
-    encoded = proto.SerializeToString(deterministic=True)
+        with open_shards(calibrate_on) as shards:  # before tracing, which takes seconds
+            check_preprocessing(shards, info.preprocessing, str(model_file))
+    proto = to_onnx(model, OUTPUTS[info.task].name)
+    encoded = _with_metadata(proto, info.to_metadata())
     if calibrate_on is not None:
         calibration = calibrate(OnnxNetwork(encoded), str(model_file), calibrate_on)
-        metadata["calibration"] = calibration.to_json()
-        proto.metadata_props.add(key="calibration", value=metadata["calibration"])
-        encoded = proto.SerializeToString(deterministic=True)
+        encoded = _with_metadata(proto, {"calibration": calibration.to_json()})
     if len(encoded) >= MAX_BYTES:
         raise UsageError(
             f"{out} would take {len(encoded):,} bytes, the limit is {MAX_BYTES:,}; train a network "
@@ -98,7 +90,44 @@ def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None
     parity = check_parity(encoded, model, str(model_file))
     with atomic_path(out) as temporary:
         temporary.write_bytes(encoded)
-    return {"bytes": len(encoded), "parity": parity, "metadata": metadata}
+    return ExportReport(len(encoded), parameters, parity)
+
+
+def onnx_info(card: ModelCard, parameters: int, name: str) -> ModelInfo:
+    """Returns the metadata of the ONNX form of a checkpoint.
+
+    Args:
+        card: of the checkpoint.
+        parameters: number of trainable parameters.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the card lacks something that an ONNX file must record.
+    """
+    if card.preprocessing is None or card.data is None or card.license is None:
+        missing = [key for key in ("preprocessing", "data", "license") if not getattr(card, key)]
+        raise CheckpointError(
+            f"{name} does not record its {', '.join(missing)}, which an ONNX file must state; give "
+            "a file that `python -m pipeline.train` wrote"
+        )
+    return ModelInfo(
+        model=card.model,
+        task=model_entry(card.model).task,
+        version=__version__,
+        preprocessing=card.preprocessing,
+        data=card.all_data,
+        license=card.license,
+        metrics=card.metrics,
+        parameters=parameters,
+    )
+
+
+def _with_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes:
+    """Adds entries to a graph's metadata; returns the file."""
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    encoded: bytes = proto.SerializeToString(deterministic=True)
+    return encoded
 
 
 def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
@@ -109,7 +138,7 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401  # torch's exporter needs it and says so less clearly
+        import onnxscript  # noqa: F401  # torch's exporter needs it, with a less clear message
     except ImportError as error:
         raise UsageError(
             f"exporting needs the package {error.name}; run `pip install 'pupilseg[export]'`"
@@ -121,10 +150,10 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
     exporter_log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # The exporter warns of its own internals (copyreg, pytree) on every call.
+            # The exporter warns about its own internals (copyreg, pytree) on every call.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                Normalised(model).eval(),
+                WithNormalization(model).eval(),
                 (example,),
                 dynamo=True,
                 verbose=False,
@@ -144,7 +173,7 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
 
 
 def strip(proto: onnx.ModelProto) -> None:
-    """Removes what no runtime reads: traces, documentation, inferred shapes; shortens names."""
+    """Removes everything that no runtime reads (traces, docs, shapes), and shortens names."""
     graph = proto.graph
     proto.doc_string = graph.doc_string = ""
     proto.producer_name, proto.producer_version = "pupilseg", __version__
@@ -168,32 +197,6 @@ def strip(proto: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
-def metadata_of(card: dict[str, Any], task: str, name: str) -> dict[str, str]:
-    """Returns what an ONNX file says of itself, as text by key.
-
-    Raises:
-        CheckpointError: the model file does not say what it was trained on.
-    """
-    for key in ("preprocessing", "data", "licence"):
-        if not isinstance(card.get(key), str):
-            raise CheckpointError(
-                f"{name} does not say its {key!r}, which its ONNX form must carry; give a file "
-                "that `python -m pipeline.train` wrote"
-            )
-    before = card.get("init_data")
-    return {
-        "model": card["model"],
-        "task": task,
-        "version": __version__,
-        "preprocessing": card["preprocessing"],
-        "data": f"{before}, then {card['data']}" if before else card["data"],
-        "metrics": json.dumps(card.get("metrics", {})),
-        "licence": card["licence"],
-        "input": f"uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalised inside",
-        "classes": json.dumps(["background", "pupil"]),
-    }
-
-
 @torch.no_grad()
 def check_parity(encoded: bytes, model: nn.Module, name: str) -> float:
     """Compares an ONNX file with torch on batches of 1, 2 and 7 random frames.
@@ -204,21 +207,19 @@ def check_parity(encoded: bytes, model: nn.Module, name: str) -> float:
     Raises:
         CheckpointError: it exceeds `PARITY_TOLERANCE`.
     """
-    from pupilseg.model_files.onnx import onnx_session
-
     session = onnx_session(encoded, threads=1)
     random = np.random.default_rng(0)
     worst = 0.0
     for frames in PARITY_BATCHES:
-        # Smooth patches, not white noise: activations then have the range of real frames.
+        # Flat patches instead of white noise, so that activations have the range of real frames.
         coarse = random.integers(0, 256, (frames, 1, HEIGHT // 40, WIDTH // 40), dtype=np.uint8)
         image = coarse.repeat(40, axis=2).repeat(40, axis=3)
-        expected = Normalised(model)(torch.from_numpy(image)).numpy()
+        expected = WithNormalization(model)(torch.from_numpy(image)).numpy()
         (found,) = session.run(None, {INPUT_NAME: image})
         worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
     if not worst <= PARITY_TOLERANCE:
         raise CheckpointError(
             f"the ONNX form of {name} differs from torch by {worst:.2e} of the largest output, "
-            f"at most {PARITY_TOLERANCE:g} is accepted; please report this with the model file"
+            f"accepted is {PARITY_TOLERANCE:g} at most; please report this with the model file"
         )
     return worst

@@ -1,11 +1,11 @@
-"""ONNX files of ours, opened, checked and run; the only module that imports onnxruntime."""
+"""Loads, validates and runs pupilseg ONNX models; the only module that imports onnxruntime."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.geometry import HEIGHT, WIDTH
@@ -15,32 +15,52 @@ from pupilseg.weights import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
 
-OUTPUT_SHAPES: dict[str, tuple[int, ...]] = {
-    "segmentation": (2, HEIGHT, WIDTH),
-    "ellipse": (4,),
-}
-"""Shape of the output for one frame, by task; the outputs' names are `logits` and `ellipse`."""
+INPUT_NAME = "image"
 _EXPORT = "python -m pipeline.export --model FILE.pt --out FILE.onnx"
 
 
-@dataclass(frozen=True, slots=True)
+class Output(NamedTuple):
+    """The output of a network.
+
+    Attributes:
+        name: in the ONNX graph.
+        shape: for one frame.
+        meaning: for people.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    meaning: str
+
+
+OUTPUTS = {
+    "segmentation": Output("logits", (2, HEIGHT, WIDTH), "background, pupil"),
+    "ellipse": Output(
+        "ellipse", (4,), "cx / 640, cy / 400, rx / R, ry / R, R = hypot(640, 400) / 2"
+    ),
+}
+"""The output of each task."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What an ONNX file says of itself.
+    """Metadata of an ONNX file.
 
     Attributes:
         model: name in the registry.
         task: "segmentation" or "ellipse".
-        version: of pupilseg that wrote it.
-        preprocessing: name in `preprocess.PREPROCESSINGS`, done before the network.
-        data: what it was trained on.
-        licence: of the weights.
+        version: of pupilseg that wrote the file.
+        preprocessing: name in `preprocess.PREPROCESSINGS`, applied before the network.
+        data: what the network was trained on.
+        license: of the weights.
         metrics: validation scores by name.
-        parameters: trainable numbers; None where the file does not say.
-        calibration: of the confidence; None where the file has none.
+        parameters: number of trainable parameters; None if not recorded.
+        calibration: of the confidence; None if not calibrated.
     """
 
     model: str
@@ -48,10 +68,58 @@ class ModelInfo:
     version: str
     preprocessing: str
     data: str
-    licence: str
+    license: str
     metrics: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
     calibration: Calibration | None = None
+
+    def to_metadata(self) -> dict[str, str]:
+        """Returns the texts that an ONNX file stores, by key."""
+        optional = {}
+        if self.parameters is not None:
+            optional["parameters"] = str(self.parameters)
+        if self.calibration is not None:
+            optional["calibration"] = self.calibration.to_json()
+        return {
+            **{key: getattr(self, key) for key in _REQUIRED if key != "metrics"},
+            "metrics": json.dumps(self.metrics),
+            "input": f"uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalized inside",
+            "classes": json.dumps(["background", "pupil"]),
+            **optional,
+        }
+
+    @classmethod
+    def from_metadata(cls, stored: Mapping[str, str]) -> Self:
+        """Reads what `to_metadata` wrote.
+
+        Raises:
+            ValueError: a value is missing, or this version cannot use it.
+        """
+        # Files of earlier versions spell it "licence".
+        stored = {"license" if key == "licence" else key: text for key, text in stored.items()}
+        missing = [key for key in _REQUIRED if key not in stored]
+        if missing:
+            raise ValueError(f"its metadata lack {', '.join(missing)}")
+        if stored["task"] not in OUTPUTS:
+            raise ValueError(f"task is {stored['task']!r}, expected one of: {', '.join(OUTPUTS)}")
+        if stored["preprocessing"] not in PREPROCESSINGS:
+            raise ValueError(
+                f"preprocessing is {stored['preprocessing']!r}, this version knows: "
+                f"{', '.join(PREPROCESSINGS)}; upgrade pupilseg"
+            )
+        calibration = stored.get("calibration")
+        try:
+            return cls(
+                **{key: stored[key] for key in _REQUIRED if key != "metrics"},
+                metrics=json.loads(stored["metrics"]),
+                parameters=int(stored["parameters"]) if "parameters" in stored else None,
+                calibration=None if calibration is None else Calibration.from_json(calibration),
+            )
+        except ValueError as error:
+            raise ValueError(f"its metadata cannot be read: {error}") from error
+
+
+_REQUIRED = ("model", "task", "version", "preprocessing", "data", "license", "metrics")
 
 
 def onnx_session(model: str | os.PathLike[str] | bytes, threads: int = 1) -> Any:
@@ -62,7 +130,7 @@ def onnx_session(model: str | os.PathLike[str] | bytes, threads: int = 1) -> Any
 
     Raises:
         CheckpointError: the file is missing, truncated or not ONNX.
-        UsageError: onnxruntime is not installed, or threads is not positive.
+        UsageError: onnxruntime is not installed, or `threads` is not positive.
     """
     try:
         import onnxruntime
@@ -77,7 +145,7 @@ def onnx_session(model: str | os.PathLike[str] | bytes, threads: int = 1) -> Any
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; they come as exceptions, warnings concern no user
+    options.log_severity_level = 3  # errors are raised anyway, and users can ignore warnings
     try:
         return onnxruntime.InferenceSession(
             encoded, sess_options=options, providers=["CPUExecutionProvider"]
@@ -103,7 +171,9 @@ def _read(path: Path) -> tuple[str, bytes]:
     try:
         encoded = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no model file {path}; make one with: {_EXPORT}") from error
+        raise CheckpointError(
+            f"the model file {path} does not exist; make one with: {_EXPORT}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read the model file {path}: {error.strerror}") from error
     if not encoded:
@@ -112,7 +182,7 @@ def _read(path: Path) -> tuple[str, bytes]:
 
 
 class OnnxNetwork:
-    """A network from an ONNX file of ours, and what the file says of itself.
+    """A network from an ONNX file written by pupilseg.
 
     Args:
         model: a file written by `pipeline.export`, or its bytes.
@@ -128,7 +198,13 @@ class OnnxNetwork:
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int = 1) -> None:
         self.path = Path("ONNX bytes" if isinstance(model, bytes) else model)
         self._session = onnx_session(model, threads)
-        self.info = _info(self._session, self.path)
+        try:
+            self.info = ModelInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map)
+            _check_signature(self._session)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path} was not written by pupilseg: {error}; make one with: {_EXPORT}"
+            ) from error
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Runs the network.
@@ -137,57 +213,36 @@ class OnnxNetwork:
             images: uint8 (N, 400, 640), preprocessed.
 
         Returns:
-            float32: logits (N, 2, 400, 640), or normalised ellipses (N, 4).
+            float32: logits (N, 2, 400, 640), or normalized ellipses (N, 4).
 
         Raises:
-            CheckpointError: the file gives something else, so it is not ours.
+            CheckpointError: the output has another shape.
         """
         output: NDArray[np.float32]
-        (output,) = self._session.run(None, {"image": images[:, None]})
-        expected = (len(images), *OUTPUT_SHAPES[self.info.task])
+        (output,) = self._session.run(None, {INPUT_NAME: images[:, None]})
+        expected = (len(images), *OUTPUTS[self.info.task].shape)
         if output.shape != expected:
             raise CheckpointError(
-                f"{self.path} gives {output.shape} for {len(images)} frames, expected {expected}; "
-                f"export it again with: {_EXPORT}"
+                f"{self.path} returned shape {output.shape} for {len(images)} frames, expected "
+                f"{expected}; export it again with: {_EXPORT}"
             )
         return output
 
 
-def _info(session: Any, path: Path) -> ModelInfo:
-    """Returns a file's metadata, after checking that it has our input and output."""
-    stored: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    required = ("model", "task", "version", "preprocessing", "data", "licence", "metrics")
-    missing = [key for key in required if key not in stored]
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    problem = None
-    if missing:
-        problem = f"its metadata lack {', '.join(missing)}"
-    elif stored["task"] not in OUTPUT_SHAPES:
-        problem = f"task is {stored['task']!r}, expected one of: {', '.join(OUTPUT_SHAPES)}"
-    elif stored["preprocessing"] not in PREPROCESSINGS:
-        problem = (
-            f"preprocessing is {stored['preprocessing']!r}, this version knows: "
-            f"{', '.join(PREPROCESSINGS)}; upgrade pupilseg"
-        )
-    elif (
-        [(i.name, i.type, list(i.shape[1:])) for i in inputs]
-        != [("image", "tensor(uint8)", [1, HEIGHT, WIDTH])]
-        or isinstance(inputs[0].shape[0], int)
-        or len(outputs) != 1
+def _check_signature(session: Any) -> None:
+    """Checks the input and the number of outputs of a graph.
+
+    Raises:
+        ValueError: they differ from those that `pipeline.export` writes.
+    """
+    inputs = session.get_inputs()
+    found = [(value.name, value.type, list(value.shape[1:])) for value in inputs]
+    if (
+        found != [(INPUT_NAME, "tensor(uint8)", [1, HEIGHT, WIDTH])]
+        or isinstance(inputs[0].shape[0], int)  # a fixed batch size
+        or len(session.get_outputs()) != 1
     ):
-        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-        problem = f"it takes {found}, expected image tensor(uint8) [N, 1, {HEIGHT}, {WIDTH}]"
-    if problem is None:
-        try:
-            metrics = json.loads(stored["metrics"])
-            parameters = int(stored["parameters"]) if "parameters" in stored else None
-            fitted = stored.get("calibration")
-            calibration = None if fitted is None else Calibration.from_json(fitted)
-        except ValueError as error:
-            problem = f"its metadata cannot be read: {error}"
-    if problem is not None:
-        raise CheckpointError(
-            f"{path} was not written by pupilseg: {problem}; make one with: {_EXPORT}"
+        takes = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
+        raise ValueError(
+            f"it takes {takes}, expected {INPUT_NAME} tensor(uint8) [N, 1, {HEIGHT}, {WIDTH}]"
         )
-    texts = {key: stored[key] for key in required if key != "metrics"}
-    return ModelInfo(**texts, metrics=metrics, parameters=parameters, calibration=calibration)

@@ -1,15 +1,15 @@
-"""Opens a model file, for torch or ONNX, as a function from images to outputs."""
+"""Opens a torch or ONNX model file as a function from images to outputs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from pupilseg.errors import CheckpointError, UsageError
-from pupilseg.geometry import IMAGE_TABLE, ellipse_from_vector, ellipse_mask
+from pupilseg.geometry import NORMALIZED, ellipse_from_vector, ellipse_mask
 from pupilseg.model_files.onnx import OnnxNetwork
-from pupilseg.weights import RELEASED, TORCH_SUFFIXES
+from pupilseg.weights import SAFETENSORS, TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def masks_from_output(output: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Returns the raw masks that a network's output stands for, no blob refused.
+    """Converts a network's output to masks, without the postprocessing of `predict`.
 
     Args:
-        output: logits (N, 2, 400, 640), or normalised ellipses (N, 4).
+        output: logits (N, 2, 400, 640), or normalized ellipses (N, 4).
 
     Returns:
         bool (N, 400, 640).
@@ -40,10 +40,10 @@ class LoadedModel(NamedTuple):
 
     Attributes:
         name: in the registry.
-        preprocessing: that its images must have gone through.
-        outputs: from images, uint8 (N, 400, 640), to float32 logits (N, 2, 400, 640) or normalised
+        preprocessing: that its images must have.
+        outputs: maps images, uint8 (N, 400, 640), to float32 logits (N, 2, 400, 640) or normalized
             ellipses (N, 4).
-        calibration: of its confidence, where the file holds one.
+        calibration: of the confidence, if the file has one.
     """
 
     name: str
@@ -52,7 +52,7 @@ class LoadedModel(NamedTuple):
     calibration: Calibration | None = None
 
     def masks(self, images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Returns the raw masks of images, bool (N, 400, 640), no blob refused."""
+        """Returns the masks of images, bool (N, 400, 640), without postprocessing."""
         return masks_from_output(self.outputs(images))
 
 
@@ -61,20 +61,20 @@ def open_model(model: Path, device: str | None = None) -> LoadedModel:
 
     Args:
         model: *.pt, *.safetensors (need torch) or *.onnx (needs onnxruntime).
-        device: for torch, as `device.find_device`; ONNX files run on the CPU.
+        device: for torch, see `runtime.device.find_device`; ONNX files run on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged or foreign.
-        UsageError: another kind of file, a device that is not there, a package not installed.
+        CheckpointError: the file is missing, damaged, or not written by pupilseg.
+        UsageError: unknown suffix, unavailable device, or a package that is not installed.
     """
     if model.suffix in TORCH_SUFFIXES:
         return _open_checkpoint(model, device)
     if model.suffix != ".onnx":
         raise UsageError(
-            f"{model} has the suffix {model.suffix!r}, expected .pt, {RELEASED} or .onnx"
+            f"{model} has the suffix {model.suffix!r}, expected .pt, {SAFETENSORS} or .onnx"
         )
     if device not in (None, "cpu"):
-        raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}; leave --device out")
+        raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}; leave out --device")
     network = OnnxNetwork(model)
     info = network.info
     return LoadedModel(info.model, info.preprocessing, network, info.calibration)
@@ -89,22 +89,20 @@ def _open_checkpoint(model: Path, device: str | None) -> LoadedModel:
             f"{model} needs the package torch; run `pip install 'pupilseg[train]'`, or export it "
             "to ONNX where torch is installed"
         ) from error
-    from pupilseg.model_files.checkpoint import load_model
+    from pupilseg.model_files.checkpoint import load_model_and_card
     from pupilseg.runtime.device import find_device
 
     chosen = find_device(device)
-    network = load_model(model, chosen)
-    card: dict[str, Any] = network.card  # type: ignore[assignment]  # set by load_model
+    network, card = load_model_and_card(model, chosen)
 
     def outputs(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        batch = torch.from_numpy(IMAGE_TABLE[images][:, None]).to(chosen)
+        batch = torch.from_numpy(NORMALIZED[images][:, None]).to(chosen)
         with torch.inference_mode():
             return np.asarray(network(batch).cpu().numpy(), dtype=np.float32)
 
-    preprocessing = card.get("preprocessing")
-    if preprocessing is None:
+    if card.preprocessing is None:
         raise CheckpointError(
-            f"{model} does not say which preprocessing its images went through; train it with "
+            f"{model} does not record the preprocessing of its training images; train it with "
             "`python -m pipeline.train`"
         )
-    return LoadedModel(card["model"], preprocessing, outputs)
+    return LoadedModel(card.model, card.preprocessing, outputs)

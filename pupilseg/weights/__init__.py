@@ -5,17 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 from pupilseg.errors import UsageError
+from pupilseg.models.registry import MODELS
 
-NAMES = ("micro", "efficientvit", "efficientvit_base", "ellipse")
-"""What `--model` takes beside a file; the first is the default."""
+__all__ = [
+    "DEFAULT",
+    "NAMES",
+    "PRETRAINED",
+    "SAFETENSORS",
+    "TORCH_SUFFIXES",
+    "WEIGHTS_DIR",
+    "initial_path",
+    "model_path",
+    "weights_path",
+]
+
+_FILE_STEMS = {
+    entry.nickname or entry.name: entry.name for entry in MODELS.values() if entry.released
+}
+DEFAULT = "micro"
+"""Weights that predict by default: the fastest network."""
+NAMES = tuple(sorted(_FILE_STEMS, key=lambda name: name != DEFAULT))
+"""Values that `--model` accepts besides a file, the default first."""
 PRETRAINED = "pretrained"
-"""Value of `--init`: the released weights of the network that is trained."""
-RELEASED = ".safetensors"
+"""Value of `--init`: the released weights of the network to be trained."""
+SAFETENSORS = ".safetensors"
 """Suffix of released weights for torch."""
-TORCH_SUFFIXES = (".pt", RELEASED)
-"""Of the files that hold weights for torch."""
-MICRO = "efficientvit_tiny"
-"""The network that is called micro."""
+TORCH_SUFFIXES = (".pt", SAFETENSORS)
+"""Suffixes of files with weights for torch."""
 WEIGHTS_DIR = Path(__file__).parent
 
 
@@ -23,43 +39,49 @@ def weights_path(name: str, suffix: str = ".onnx") -> Path:
     """Returns the file of released weights.
 
     Args:
-        name: one of `NAMES`, or the network's own.
-        suffix: ".onnx", or `RELEASED` for torch.
+        name: one of `NAMES`, or a network's full name.
+        suffix: ".onnx", or `SAFETENSORS` for torch.
 
     Raises:
-        UsageError: there are none of that name, or this build comes without.
+        UsageError: no released weights have that name, or they are missing from this build.
     """
-    if name not in (*NAMES, MICRO):
+    stem = _FILE_STEMS.get(name, name)
+    if stem not in _FILE_STEMS.values():
         raise UsageError(f"there are no weights named {name!r}; choose one of: {', '.join(NAMES)}")
-    path = WEIGHTS_DIR / f"{MICRO if name == NAMES[0] else name}{suffix}"
+    path = WEIGHTS_DIR / f"{stem}{suffix}"
     if not path.is_file():
-        mend = (
+        hint = (
             "pass --model FILE.onnx, made with "
             "`python -m pipeline.export --model FILE.pt --out FILE.onnx`"
             if suffix == ".onnx"
-            else "train a network, and give its file (*.pt)"
+            else "train a network and pass its file (*.pt)"
         )
-        raise UsageError(f"this build has no released weights {name!r}; {mend}")
+        raise UsageError(f"this build has no released weights {name!r}; {hint}")
     return path
 
 
 def initial_path(model: str, init: str | Path) -> Path:
-    """Returns the file that `--init` means, of weights for a network; it need not exist.
+    """Returns the file that `--init` refers to; it need not exist.
+
+    Args:
+        model: name of the network to be trained.
+        init: a file, or `PRETRAINED`.
 
     Raises:
-        UsageError: the released weights are meant, and this build comes without.
+        UsageError: released weights are requested, and this build has none for the network.
     """
-    return weights_path(model, RELEASED) if str(init) == PRETRAINED else Path(init)
+    return weights_path(model, SAFETENSORS) if str(init) == PRETRAINED else Path(init)
 
 
 def model_path(text: str) -> Path:
-    """Returns the file that a user means by a name or a path; it need not exist.
+    """Returns the file that a name of released weights or a path refers to; it need not exist.
 
     Raises:
-        UsageError: it is the name of weights that this build does not have, or no file and no name.
+        UsageError: the named weights are missing from this build, or `text` is neither a file nor
+            a known name.
     """
     path = Path(text)
-    if text in (*NAMES, MICRO):
+    if text in _FILE_STEMS or text in _FILE_STEMS.values():
         return weights_path(text)
     if not path.suffix and not path.exists():
         raise UsageError(f"the model {text!r} is neither a file nor one of: {', '.join(NAMES)}")

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -19,10 +19,11 @@ from pupilseg.errors import CheckpointError, DataError, UsageError
 from pupilseg.evaluate.confidence import calibrate, frames_with_output, judge
 from pupilseg.evaluate.evaluation import COLUMNS, choose_examples, evaluate_model
 from pupilseg.evaluate.plots import loss_curves, read_history, share_within, training_curves
-from pupilseg.evaluate.scoring import FrameScores, score_frames, summarise
+from pupilseg.evaluate.scoring import FrameScores, score_frames, summarize
 from pupilseg.export.onnx import export_onnx
-from pupilseg.geometry import HEIGHT, IMAGE_TABLE, WIDTH, ellipse_from_mask, ellipse_vector
+from pupilseg.geometry import HEIGHT, NORMALIZED, WIDTH, ellipse_from_mask, ellipse_vector
 from pupilseg.model_files.calibration import Calibration
+from pupilseg.model_files.card import ModelCard
 from pupilseg.model_files.checkpoint import plain_state_dict, save_model
 from pupilseg.model_files.onnx import OnnxNetwork
 from pupilseg.models import create_model
@@ -34,7 +35,13 @@ from tests.helpers.fakes import FakeDataset, random_label
 from tests.helpers.onnx_files import ellipse_onnx, threshold_onnx
 from tests.helpers.paths import ROOT
 
-CARD = {"preprocessing": "none", "data": "fake", "licence": "MIT", "metrics": {"valid_iou": 0.5}}
+CARD = ModelCard(
+    model="efficientvit_tiny",
+    preprocessing="none",
+    data="fake",
+    license="MIT",
+    metrics={"valid_iou": 0.5},
+)
 BLINKS = (2, 5)
 
 
@@ -105,7 +112,7 @@ def test_scores_are_those_of_training():
         {}, torch.from_numpy(masks != 0), torch.from_numpy(labels), torch.from_numpy(vectors)
     )
     wanted = scores(metrics.names, metrics.sums.tolist(), "valid")
-    found = summarise(score_frames([str(i) for i in range(12)], zip(labels, masks, strict=True)))
+    found = summarize(score_frames([str(i) for i in range(12)], zip(labels, masks, strict=True)))
     assert found["miou"] == pytest.approx(wanted["valid_iou"], abs=1e-12)
     assert found["pupil_iou"] == pytest.approx(wanted["valid_pupil_iou"], abs=1e-12)
     assert found["center_error_px_mean"] == pytest.approx(wanted["valid_center_px"], abs=1e-3)
@@ -128,7 +135,7 @@ def test_closed_forms():
     assert found.pupil_iou == pytest.approx([1, overlap, 0, 1, 0])
     assert found.center_error_px == pytest.approx([0, 5, *[np.nan] * 3], nan_ok=True)
     assert found.found.tolist() == [True, True, False, False, False]
-    total = summarise(found)
+    total = summarize(found)
     assert (total["frames"], total["blinks"], total["blink_false_positives"]) == (5, 2, 1)
     assert total["pupil_iou_mean"] == pytest.approx((1 + overlap) / 3)
     assert total["within_5px_share"] == pytest.approx(2 / 3)  # 5 px is within 5 px
@@ -151,7 +158,7 @@ def test_radius_errors():
     along_x, along_y = semi_axis(40) - semi_axis(20), semi_axis(50) - semi_axis(20)
     expected = [(along_x + along_y) / 2, 0, np.nan, np.nan]
     assert found.radius_error_px == pytest.approx(expected, abs=1e-4, nan_ok=True)
-    total = summarise(found)
+    total = summarize(found)
     assert total["radius_error_px_mean"] == pytest.approx(expected[0] / 2, abs=1e-4)
     assert total["radius_error_px_median"] == pytest.approx(expected[0] / 2, abs=1e-4)
     assert total["radius_error_px_p95"] == pytest.approx(0.95 * expected[0], abs=1e-4)
@@ -178,7 +185,7 @@ def test_rows_and_metrics_are_of_the_raw_mask(done):
         else:
             assert row["center_error_px"] == ""
     pairs = [expected_pair(i) for i in range(21)]
-    wanted = summarise(score_frames([""] * 21, pairs))
+    wanted = summarize(score_frames([""] * 21, pairs))
     assert {k: metrics[k] for k in wanted} == wanted
     assert (metrics["blinks"], metrics["blink_false_positives"]) == (2, 1)
     assert metrics["data"] == "fake"
@@ -300,7 +307,7 @@ def both_forms(tmp_path_factory, shards):
     directory = tmp_path_factory.mktemp("forms")
     torch.manual_seed(3)
     model = create_model("efficientvit_tiny").eval()
-    image = torch.from_numpy(IMAGE_TABLE[DarkPupils().sample("validation", 0).image])[None, None]
+    image = torch.from_numpy(NORMALIZED[DarkPupils().sample("validation", 0).image])[None, None]
 
     @torch.no_grad()
     def median_margin():
@@ -311,8 +318,7 @@ def both_forms(tmp_path_factory, shards):
     model.head.upsample.bias.data += 1
     model.head.upsample.bias.data -= 1 + before / (median_margin() - before)
     assert abs(median_margin()) < 1e-3
-    card = {"model": "efficientvit_tiny", "architecture": {}, **CARD}
-    save_model(directory / "m.pt", plain_state_dict(model), card)
+    save_model(directory / "m.pt", plain_state_dict(model), CARD)
     export_onnx(directory / "m.pt", directory / "m.onnx", calibrate_on=shards)
     return directory
 
@@ -342,7 +348,7 @@ def test_ellipse_models_are_scored_by_their_drawing(shards, tmp_path):
     assert int(rows[1]["predicted_area_px"]) == pytest.approx(label.sum(), rel=0.5), upright
     assert metrics["blink_false_positives"] == 2
     torch.manual_seed(0)
-    card = {"model": "ellipse", "architecture": {}, **CARD}
+    card = replace(CARD, model="ellipse")
     save_model(tmp_path / "e.pt", plain_state_dict(create_model("ellipse")), card)
     assert evaluate_model(tmp_path / "e.pt", shards, tmp_path / "pt")["frames"] == 21
 

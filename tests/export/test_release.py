@@ -12,7 +12,7 @@ from pupilseg import load_model
 from pupilseg.errors import UsageError
 from pupilseg.export import release
 from pupilseg.files import file_digest
-from pupilseg.model_files.initial import DATA_LICENCE, RENDERED_LICENCE
+from pupilseg.model_files.card import DATA_LICENSE, RENDERED_LICENSE
 from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import write_shards
 from pupilseg.synthetic import RENDERER_VERSION
@@ -37,7 +37,7 @@ SEEN = {
 
 def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "FRAMES", 6)
-    monkeypatch.setattr(release, "FEW", 2)
+    monkeypatch.setattr(release, "FEW_FRAMES", 2)
     write_shards(FakeDataset(validation=3), "validation", tmp_path / "validation")
     out = tmp_path / "weights"
     path = model_file(tmp_path / "m.pt", **SEEN)
@@ -53,7 +53,7 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
     for name, value in given.state_dict().items():
         assert torch.equal(released.state_dict()[name], value)
     assert Predictor(out / "efficientvit_tiny.onnx").info.calibration.frames <= 3
-    again = release.summary(release.score(out / "efficientvit_tiny.onnx", 2))
+    again = release.score_summary(release.score(out / "efficientvit_tiny.onnx", 2))
     assert {key: again[key] for key in entry["scores"]} == pytest.approx(entry["scores"], abs=1e-5)
     assert entry["scores"].keys() | {"center_px"} == again.keys()
     assert cv2.imread(str(out / "efficientvit_tiny_worst.jpg")).shape == (900, 960, 3)
@@ -79,10 +79,10 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
     assert "Real eyes: not measured." in (out / "efficientvit_tiny.md").read_text()
 
 
-@pytest.mark.parametrize("licence", [DATA_LICENCE, None])
-def test_weights_that_have_seen_other_data_are_not_released(tmp_path, licence):
-    path = model_file(tmp_path / "m.pt", **SEEN, licence=licence)
-    with pytest.raises(UsageError, match="only weights from rendered eyes alone may be released"):
+@pytest.mark.parametrize("license", [DATA_LICENSE, None])
+def test_weights_trained_on_other_data_are_not_released(tmp_path, license):
+    path = model_file(tmp_path / "m.pt", **SEEN, license=license)
+    with pytest.raises(UsageError, match="only weights trained on rendered eyes alone"):
         release.release(path, tmp_path / "validation", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
 
@@ -94,11 +94,11 @@ def test_released_weights_are_those_recorded_and_score_as_recorded(name):
     for file, digest in entry["sha256"].items():
         assert file_digest(WEIGHTS_DIR / file) == digest
         assert (WEIGHTS_DIR / file).stat().st_size < 300_000
-    found = release.summary(release.score(WEIGHTS_DIR / f"{name}.onnx", release.FEW))
+    found = release.score_summary(release.score(WEIGHTS_DIR / f"{name}.onnx", release.FEW_FRAMES))
     # Another processor may round a pixel or a logit differently.
     assert found["pupil_iou"] == pytest.approx(entry["scores"]["pupil_iou"], abs=0.003)
     assert found["center_px"] == pytest.approx(entry["scores"]["center_px"], abs=0.1)
     assert Predictor(name).info.model == name
     card = load_model(name, pretrained=True).card
-    assert card["licence"] == RENDERED_LICENCE
-    assert card["data"].startswith("synthetic:")
+    assert card.license == RENDERED_LICENSE
+    assert card.data.startswith("synthetic:")

@@ -1,4 +1,4 @@
-"""Small ONNX files of our form, made with onnx itself: a threshold on grey, a fixed ellipse."""
+"""Small ONNX models in the format of pupilseg: a threshold on the gray level, a fixed ellipse."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ METADATA = {
     "preprocessing": "none",
     "data": "synthetic:8@0",
     "metrics": json.dumps({"valid_iou": 0.5}),
-    "licence": "MIT",
+    "license": "MIT",
 }
 
 
 def write(path, nodes, output, constants, metadata, input_type=TensorProto.UINT8) -> Path:
-    """Writes a graph from `image` to one output, with the metadata given."""
+    """Writes a graph from `image` to one output, with metadata."""
     image = helper.make_tensor_value_info("image", input_type, ["batch", 1, HEIGHT, WIDTH])
     initializers = [
         numpy_helper.from_array(np.asarray(value, dtype=dtype), name)
@@ -42,11 +42,11 @@ def write(path, nodes, output, constants, metadata, input_type=TensorProto.UINT8
 
 
 def threshold_onnx(path, threshold=60.5, slope=0.5, *, drop=(), **changes) -> Path:
-    """Pupil where grey < threshold; the pupil's logit is slope * (threshold - grey), else 0."""
+    """Writes a model with pupil logit slope * (threshold - gray) and background logit 0."""
     metadata = {k: v for k, v in (METADATA | changes).items() if k not in drop}
     nodes = [
-        helper.make_node("Cast", ["image"], ["grey"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["threshold", "grey"], ["depth"]),
+        helper.make_node("Cast", ["image"], ["gray"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["threshold", "gray"], ["depth"]),
         helper.make_node("Mul", ["depth", "slope"], ["pupil"]),
         helper.make_node("Mul", ["depth", "zero"], ["background"]),
         helper.make_node("Concat", ["background", "pupil"], ["logits"], axis=1),
@@ -61,10 +61,10 @@ def threshold_onnx(path, threshold=60.5, slope=0.5, *, drop=(), **changes) -> Pa
 
 
 def ellipse_onnx(path, vector, **changes) -> Path:
-    """The same normalised ellipse for every frame."""
+    """Writes a model that returns the same normalized ellipse for each frame."""
     nodes = [
-        helper.make_node("Cast", ["image"], ["grey"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["grey", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Cast", ["image"], ["gray"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["gray", "axes"], ["mean"], keepdims=0),
         helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
         helper.make_node("Add", ["nothing", "vector"], ["ellipse"]),
     ]

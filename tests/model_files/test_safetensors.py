@@ -1,4 +1,4 @@
-"""Released weights: safetensors with a card, by name, and into a run."""
+"""Released weights: stored as safetensors with a card, found by name, and used by `--init`."""
 
 from __future__ import annotations
 
@@ -11,43 +11,42 @@ from pupilseg import load_model
 from pupilseg import weights as pretrained
 from pupilseg.cloud.client import initial_file
 from pupilseg.errors import CheckpointError, UsageError
-from pupilseg.model_files.checkpoint import plain_state_dict, read_card
-from pupilseg.model_files.initial import RENDERED_LICENCE, initial_architecture, initial_card
-from pupilseg.model_files.safetensors import read_weights, write_weights
+from pupilseg.model_files.card import RENDERED_LICENSE, ModelCard, Provenance
+from pupilseg.model_files.checkpoint import plain_state_dict, read_card, read_initial_card
+from pupilseg.model_files.safetensors import read_safetensors, write_safetensors
 from pupilseg.models import create_model
 from pupilseg.train.config import TrainConfig
-from pupilseg.train.state import Run
+from pupilseg.train.state import TrainState
 
-CARD = {
-    "format": 1,
-    "model": "efficientvit_tiny",
-    "architecture": {"embed_dims": [8, 8, 16]},
-    "preprocessing": "none",
-    "data": "synthetic:9@1",
-    "licence": RENDERED_LICENCE,
-    "metrics": {"valid_pupil_iou": 0.5},
-}
+CARD = ModelCard(
+    model="efficientvit_tiny",
+    architecture={"embed_dims": (8, 8, 16)},
+    preprocessing="none",
+    data="synthetic:9@1",
+    license=RENDERED_LICENSE,
+    metrics={"valid_pupil_iou": 0.5},
+)
 
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """A package with released weights of one network."""
+    """A package that has released weights of one network."""
     torch.manual_seed(3)
     model = create_model("efficientvit_tiny", embed_dims=(8, 8, 16))
     path = tmp_path / "weights" / "efficientvit_tiny.safetensors"
-    write_weights(path, plain_state_dict(model), CARD)
+    write_safetensors(path, plain_state_dict(model), CARD)
     monkeypatch.setattr(pretrained, "WEIGHTS_DIR", path.parent)
     return path, model
 
 
 def test_weights_and_card_come_back_and_the_bytes_are_the_same_each_time(released, tmp_path):
     path, model = released
-    weights, card = read_weights(path)
+    weights, card = read_safetensors(path)
     assert card == CARD
     for name, value in model.state_dict().items():
         assert torch.equal(weights[name], value)
         assert weights[name].dtype == value.dtype
-    write_weights(tmp_path / "again.safetensors", weights, card)
+    write_safetensors(tmp_path / "again.safetensors", weights, card)
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -64,24 +63,24 @@ def test_a_network_is_loaded_by_name(released, name):
 
 def test_a_run_starts_from_them(released):
     path, model = released
-    architecture = initial_architecture(path, "efficientvit_tiny")
-    config = TrainConfig(model="efficientvit_tiny", architecture=architecture, epochs=1)
-    run = Run(config, torch.device("cpu"), 1, {}, initial=path)
+    card = read_initial_card(path, "efficientvit_tiny")
+    config = TrainConfig(model="efficientvit_tiny", architecture=card.architecture, epochs=1)
+    run = TrainState(config, torch.device("cpu"), 1, initial=path)
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in run.model.state_dict().items())
-    assert initial_card(path, CARD)["init_data"] == "synthetic:9@1"
+    assert Provenance().starting_from(path, card).init_data == "synthetic:9@1"
     assert initial_file("efficientvit_tiny", "pretrained") == path
 
 
-def test_what_is_not_there_or_not_ours_is_told(released, tmp_path):
+def test_missing_and_damaged_files_are_refused(released, tmp_path):
     path, _ = released
     with pytest.raises(UsageError, match="this build has no released weights 'ellipse'; train a"):
         load_model("ellipse", pretrained=True)
     with pytest.raises(UsageError, match="there are no weights named 'other'; choose one"):
         load_model("other", pretrained=True)
-    with pytest.raises(CheckpointError, match="there is no file"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         load_model(tmp_path / "gone.safetensors")
-    with pytest.raises(UsageError, match=r"--init .*gone.pt: there is no such file"):
+    with pytest.raises(UsageError, match=r"--init .*gone.pt"):
         initial_file("ellipse", str(tmp_path / "gone.pt"))
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
