@@ -22,7 +22,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from pupilseg.export.onnx import MAX_BYTES
-from pupilseg.model_files.checkpoint import CHECKPOINT_NAMES, read_card
+from pupilseg.model_files.checkpoint import read_card
+from pupilseg.models import model_entry
 from pupilseg.models import create_model
 from pupilseg.notebook.colab import NEEDED, DriveCopy, choose_device, secret
 from pupilseg.predict.predictor import Predictor
@@ -164,7 +165,7 @@ class TestSmoke:
         (curves,) = pictures(cell)  # one that was drawn anew, not six
         assert len(np.unique(curves)) > 50
         best = max(float(iou) for _, iou in lines)
-        assert f"mIoU {best:.4f}, {results / CHECKPOINT_NAMES[model].best}\n" in text(cell)
+        assert f"mIoU {best:.4f}, {results / model_entry(model).best_file}\n" in text(cell)
 
     def test_results_are_those_of_the_evaluation(self, smoke):
         model, results, cells = smoke
@@ -177,7 +178,7 @@ class TestSmoke:
             title = {"center": "centre"}.get(what, what)
             mean = metrics[f"{what}_error_px_mean"]
             assert re.search(rf"^{title} error +{mean:.2f} px mean", text(cell), re.MULTILINE)
-        with (results / CHECKPOINT_NAMES[model].history).open() as file:
+        with (results / model_entry(model).history_file).open() as file:
             columns = next(csv.reader(file))
         terms = [name for name in columns if name.startswith("train_") and name.endswith("loss")]
         wanted = {
@@ -199,11 +200,11 @@ class TestSmoke:
     def test_segmentation_has_learnt(self, smoke):
         model, results, _ = smoke
         if model == "efficientvit":  # measured: 0.69 to 0.79 with three seeds
-            assert read_card(results / CHECKPOINT_NAMES[model].best)["metrics"]["valid_iou"] > 0.6
+            assert read_card(results / model_entry(model).best_file).metrics["valid_iou"] > 0.6
 
     def test_the_onnx_file_works_and_is_small(self, smoke):
         model, results, cells = smoke
-        best = results / CHECKPOINT_NAMES[model].best
+        best = results / model_entry(model).best_file
         onnx = best.with_suffix(".onnx")
         assert onnx.name == f"best_{model}_model.onnx"
         assert onnx.stat().st_size < MAX_BYTES
@@ -262,7 +263,7 @@ def test_in_colab(model, tmp_path):
         assert {file.name for file in downloads.iterdir()} == sent
         kept = drive / "pupilseg" / f"{model}-1"
         assert f"results are copied to {first / 'drive'}" in text(cells["Train"])
-        for name in (*sent, CHECKPOINT_NAMES[model].state, CHECKPOINT_NAMES[model].history):
+        for name in (*sent, model_entry(model).state_file, model_entry(model).history_file):
             assert (kept / name).read_bytes() == (results / name).read_bytes()
         for name in sent:
             assert (downloads / name).read_bytes() == (results / name).read_bytes()
