@@ -37,7 +37,7 @@ WHOLE = Letterbox.of((HEIGHT, WIDTH))
 
 
 def ellipses(network: OnnxNetwork, frames: int) -> None:
-    """Prints errors of centre and semi-axes against the exact ellipse, by the reading."""
+    """Prints errors of center and semi-axes against the exact ellipse, by the reading."""
     errors: dict[str, list[tuple[float, ...]]] = {"mask's moments": [], "sub-pixel border": []}
     for index in range(frames):
         frame = render(index, JUDGE_SEED)
@@ -56,7 +56,7 @@ def ellipses(network: OnnxNetwork, frames: int) -> None:
         for into, ellipse in zip(errors.values(), found, strict=True):
             gap = np.abs(np.subtract(ellipse[:4], frame.pupil[:4]))
             into.append((float(np.hypot(*gap[:2])), float(gap[2]), float(gap[3])))
-    print("| reading | pupils | centre px median / mean | semi-axis a | semi-axis b |")
+    print("| reading | pupils | center px median / mean | semi-axis a | semi-axis b |")
     print("| --- | --- | --- | --- | --- |")
     for name, rows in errors.items():
         table = np.array(rows)

@@ -20,7 +20,7 @@ from tests.helpers.paths import ROOT
         ("prediction --model {model} --frames 16 --runs 2", "| calibrated | "),
         (
             "robustness --source synthetic:4@1 --model {model}",
-            "| pupil IoU, mean | 5th percentile | centre, mean px | found |",
+            "| pupil IoU, mean | 5th percentile | center, mean px | found |",
         ),
         (
             "finetune --source synthetic:8@1 --model efficientvit_tiny --init {weights} --epochs 1 "
