@@ -1,7 +1,8 @@
-"""Pictures of frames with outlines, and image files in and out, with OpenCV alone."""
+"""Reads and writes image files, and draws outlines on frames, using OpenCV only."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -11,7 +12,6 @@ from pupilseg.errors import DataError
 from pupilseg.files import atomic_path
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
@@ -20,36 +20,55 @@ if TYPE_CHECKING:
     from pupilseg.predict.predictor import Prediction
 
 GREEN, RED = (80, 220, 60), (60, 60, 255)
-"""Truth and prediction, as OpenCV orders colours: blue, green, red."""
+"""Colors of label and prediction in BGR order."""
 SUFFIXES = (".png", ".jpg")
-"""Of picture files that are written."""
+"""Formats that images can be written in."""
 MAX_SIDE_PX = 1280
-"""Longest side of an overlay; larger frames are shown smaller."""
+"""Maximum side of an overlay; larger frames are reduced."""
 _SHIFT = 4
-"""Fractional bits of coordinates that OpenCV draws with: 1/16 px."""
+"""Number of fractional bits of the coordinates passed to OpenCV: 1/16 px."""
 
 
-def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Returns an image file as uint8 (H, W): colour becomes grey, 16 bits become 8, alpha goes.
+def opencv_path(path: str | os.PathLike[str]) -> str:
+    """Returns a path as text that can be passed to OpenCV.
 
     Raises:
-        DataError: the file is missing, not readable, or not an image.
+        DataError: it is not valid UTF-8, on which OpenCV's functions crash (5.0 with Python 3.11).
+    """
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"OpenCV cannot open {text!a}, whose name is not valid UTF-8; rename the file or folder"
+        ) from error
+    return text
+
+
+def read_image(path: str | os.PathLike[str], *, color: bool = False) -> NDArray[np.uint8]:
+    """Reads an image file as uint8: (H, W), or (H, W, 3) in BGR order.
+
+    16 bits are reduced to 8, and alpha is dropped.
+
+    Raises:
+        DataError: the file is missing, unreadable, or not an image.
     """
     try:
         encoded = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE) if encoded.size else None
+        mode = cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
+        image = cv2.imdecode(encoded, mode) if encoded.size else None
     except cv2.error as error:  # more pixels than OpenCV allows
         raise DataError(f"{path} cannot be decoded: {error.err}") from error
     if image is None:
-        raise DataError(f"{path} is not an image that OpenCV reads, or is damaged")
+        raise DataError(f"{path} is damaged, or not an image that OpenCV can read")
     return np.asarray(image, dtype=np.uint8)
 
 
-def to_grey(picture: NDArray[Any]) -> NDArray[np.uint8]:
-    """Returns a decoded picture as uint8 (H, W): BGR and BGRA become grey, 16 bits become 8."""
+def to_gray(picture: NDArray[Any]) -> NDArray[np.uint8]:
+    """Converts a decoded image, BGR, BGRA or gray, 8 or 16 bits, to uint8 (H, W)."""
     if picture.dtype == np.uint16:
         picture = (picture >> 8).astype(np.uint8)
     if picture.ndim == 3 and picture.shape[2] > 1:
@@ -59,7 +78,7 @@ def to_grey(picture: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def encode(image: NDArray[np.uint8], suffix: str) -> bytes:
-    """Returns an image, grey or BGR, as the bytes of a ".png" or ".jpg" file."""
+    """Encodes an image, gray or BGR, as the bytes of a ".png" or ".jpg" file."""
     quality = [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else []
     done, encoded = cv2.imencode(suffix, image, quality)
     assert done, f"OpenCV cannot encode {image.dtype} {image.shape} as {suffix}"
@@ -86,33 +105,33 @@ def write_image(
 def compare(
     image: NDArray[np.uint8], truth: NDArray[np.generic], found: NDArray[np.generic]
 ) -> NDArray[np.uint8]:
-    """Returns a frame at twice its size with the outlines of two masks.
+    """Draws the outlines of two masks on a frame enlarged by a factor of 2.
 
     Args:
         image: uint8 (H, W).
-        truth: (H, W), non-zero inside; outlined green.
-        found: (H, W), likewise; outlined red, on top.
+        truth: label (H, W), non-zero inside; its outline is green.
+        found: predicted mask (H, W), non-zero inside; its outline is red, on top.
 
     Returns:
         uint8 (2 H, 2 W, 3), BGR.
     """
     size = (2 * image.shape[1], 2 * image.shape[0])
-    grey = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    canvas = np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
-    # The truth is wider, so that it shows on both sides of a prediction that agrees with it.
-    for mask, colour, thickness in ((truth, GREEN, 4), (found, RED, 2)):
+    gray = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    canvas = np.asarray(cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
+    # The label's outline is wider, so that it stays visible below an identical prediction.
+    for mask, color, thickness in ((truth, GREEN, 4), (found, RED, 2)):
         large = cv2.resize((np.asarray(mask) != 0).astype(np.uint8), size, interpolation=0)
         contours, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, contours, -1, colour, thickness)
+        cv2.drawContours(canvas, contours, -1, color, thickness)
     return canvas
 
 
 def sheet(tiles: Sequence[NDArray[np.uint8]], size_px: tuple[int, int]) -> NDArray[np.uint8]:
-    """Returns pictures as one, two in a row.
+    """Returns one image with the given ones in two columns.
 
     Args:
         tiles: uint8 (H, W, 3) each, at least one.
-        size_px: width and height that each is given.
+        size_px: (width, height) that each is resized to.
     """
     small = [cv2.resize(tile, size_px, interpolation=cv2.INTER_AREA) for tile in tiles]
     if len(small) % 2:
@@ -122,14 +141,14 @@ def sheet(tiles: Sequence[NDArray[np.uint8]], size_px: tuple[int, int]) -> NDArr
 
 
 def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
-    """Returns a frame with the pupil's outline and centre, or a note that none was found.
+    """Draws the pupil's outline, center and confidence on a frame, or "no pupil".
 
     Args:
         frame: uint8 (H, W).
         prediction: of this frame.
 
     Returns:
-        uint8 (h, w, 3), BGR; no side over `MAX_SIDE_PX`.
+        uint8 (h, w, 3) in BGR order, with sides of at most `MAX_SIDE_PX`.
     """
     scale = min(1.0, MAX_SIDE_PX / max(frame.shape))
     if scale < 1:
@@ -145,12 +164,12 @@ def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint
 
 
 def outline_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -> None:
-    """Draws outline and centre of an ellipse onto a frame that was scaled.
+    """Draws the outline and center of an ellipse on a resized frame.
 
     Args:
-        canvas: uint8 (H, W, 3), BGR; drawn on.
-        ellipse: in pixels of the unscaled frame.
-        scale: of the canvas against that frame.
+        canvas: uint8 (H, W, 3) in BGR order; modified.
+        ellipse: in pixels of the original frame.
+        scale: size of the canvas divided by that of the original frame.
     """
 
     def fixed(value: float) -> int:
@@ -167,10 +186,10 @@ def outline_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -
 
 
 def caption(canvas: NDArray[np.uint8], text: str, row: int = 0) -> None:
-    """Writes a line of ASCII at the upper left, readable on any ground."""
-    # An outline by moving, since a thicker stroke also spaces the letters wider (OpenCV 5).
+    """Draws a line of ASCII text at the upper left, readable on any background."""
+    # The outline consists of shifted copies: a thicker stroke would widen the spacing (OpenCV 5).
     around = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy]
-    for colour, moves in (((0, 0, 0), around), ((255, 255, 255), [(0, 0)])):
+    for color, moves in (((0, 0, 0), around), ((255, 255, 255), [(0, 0)])):
         for dx, dy in moves:
             place = (8 + dx, 22 + 26 * row + dy)
-            cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 1, cv2.LINE_AA)
+            cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, color, 1, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""Finds pupils in images and video; needs no torch."""
+"""Prediction on images and video with ONNX Runtime, without torch."""
 
 from pupilseg.predict.predictor import Prediction, Predictor
 

@@ -1,4 +1,4 @@
-"""Measures how long a frame takes, end to end and in the network alone, on a named machine."""
+"""Measures the time per frame, in total and in the network alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FRAMES = 8
-"""Rendered eyes that the measurement goes round."""
+"""Number of rendered eyes, used in turn."""
 
 
 def machine() -> str:
-    """Returns processor and system in one line."""
+    """Returns the processor and the operating system in one line."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -36,27 +36,27 @@ def machine() -> str:
 def measure(
     model: str | os.PathLike[str], *, threads: int = 1, repeats: int = 200, warmup: int = 20
 ) -> dict[str, Any]:
-    """Times a model on rendered eyes of 400 x 640, one frame a call; decoding is not part of it.
+    """Times a model on rendered eyes of 400 x 640 pixels, one frame per call, without decoding.
 
     Args:
-        model: as `Predictor`.
-        threads: of ONNX Runtime.
-        repeats: calls that count.
-        warmup: calls before them that do not.
+        model: as for `Predictor`.
+        threads: number of threads of ONNX Runtime.
+        repeats: number of timed calls.
+        warmup: number of calls before them.
 
     Returns:
-        total_median_ms, total_p95_ms (preprocessing, network, blob, ellipse, confidence);
-        network_median_ms, network_p95_ms; threads, repeats, machine.
+        total_median_ms and total_p95_ms (preprocessing, network, blob, ellipse, confidence),
+        network_median_ms and network_p95_ms, threads, repeats, machine.
 
     Raises:
-        PupilSegError: as `Predictor`.
+        PupilSegError: as for `Predictor`.
     """
     predictor = Predictor(model, threads)
     frames = [render(index).image for index in range(FRAMES)]
     stacked = [frame[None] for frame in frames]
     total: list[float] = []
     network: list[float] = []
-    # In turn, so that a slow spell of the machine is in both.
+    # Alternating, so that a slow phase of the machine affects both.
     for index in range(warmup + repeats):
         which = index % FRAMES
         total.append(_milliseconds(partial(predictor, frames[which])))
@@ -74,7 +74,6 @@ def measure(
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    """Returns how long a call takes."""
     started = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What a user's paths mean: images, videos, folders and patterns of both, cameras."""
+"""Resolves paths given by a user: images, videos, folders, glob patterns, cameras."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 
+from pupilseg.errors import DataError
+from pupilseg.pictures import opencv_path
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
@@ -17,18 +20,18 @@ VIDEO_SUFFIXES = {
     *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
     *(".ogv", ".webm", ".wmv"),
 }
-"""What a folder is searched for; a file that is named may have any suffix."""
+"""Suffixes that a folder is searched for; a file given by name may have any suffix."""
 
 
 class Source(NamedTuple):
-    """Something to predict.
+    """An image, a video or a camera.
 
     Attributes:
-        text: as it stands in pupil.csv.
-        key: tells it from all others: the whole path, or the camera.
-        name: of its overlay and masks, below their folders, without suffix; no two alike.
-        camera: its number; None for a file.
-        is_video: many frames, with times; a camera too.
+        text: its name in pupil.csv.
+        key: unique identifier: the resolved path, or "camera:N".
+        name: unique path of its overlay and masks below their folders, without suffix.
+        camera: number of the camera; None for a file.
+        is_video: it has several frames, with times; True for a camera.
     """
 
     text: str
@@ -39,24 +42,24 @@ class Source(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return Path(self.text)
 
 
 def find_sources(
     paths: Iterable[str], names: dict[str, str] | None = None, without: Path | None = None
 ) -> tuple[list[Source], list[str]]:
-    """Finds what paths mean, each thing once.
+    """Finds the sources that paths refer to, without duplicates.
 
     Args:
-        paths: files, folders (searched in depth), patterns with * ? [ ], or numbers of cameras.
-        names: key -> name of what was done before, and keeps its name.
-        without: a folder whose files count only where they are named: that of the results, which
-            may lie in the one that is searched.
+        paths: files, folders (searched recursively), patterns with * ? [ ], or camera numbers.
+        names: key -> name of the sources of an earlier run, which keep their names.
+        without: the output directory, which may lie inside a searched folder; its files are used
+            only if they are given by name.
 
     Returns:
-        The sources in order, numbers in names sorted as numbers; and a message for each path that
-        means nothing.
+        The sources in the order of the paths, with numbers in file names sorted as numbers, and an
+        error message for each path without a source.
     """
     found: dict[str, tuple[str, Path, int | None]] = {}
     failed = []
@@ -85,12 +88,12 @@ def find_sources(
 
 
 def _files(text: str) -> tuple[list[tuple[Path, Path]], str]:
-    """Returns the files that a path means, each with its name below it; and why there is none."""
+    """Returns a path's files, each with its relative path, and a message in case there are none."""
     path = Path(text)
     if path.is_dir():
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
         below = [p for p in path.rglob("*") if p.suffix.lower() in suffixes]
-        problem = f"{path} holds no image and no video ({', '.join(sorted(suffixes))})"
+        problem = f"{path} contains no image and no video ({', '.join(sorted(suffixes))})"
         files = [p for p in below if p.is_file() and not p.name.startswith(".")]
         return [(p, p.relative_to(path)) for p in files], problem
     if path.exists():
@@ -100,25 +103,28 @@ def _files(text: str) -> tuple[list[tuple[Path, Path]], str]:
 
 
 def _is_video(path: Path) -> bool:
-    """Says whether a file is to be opened as a video."""
+    """Returns True for a video suffix, or if the suffix is unknown and OpenCV reads no image."""
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
         return suffix in VIDEO_SUFFIXES
-    return not cv2.haveImageReader(str(path))
+    try:
+        return not cv2.haveImageReader(opencv_path(path))
+    except DataError:
+        return True  # `Video` raises the same error
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Returns a sort key in which frame 2 comes before frame 10."""
+    """Returns a sort key that places frame 2 before frame 10."""
     words = re.split(r"(\d+)", str(path))
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in words]
 
 
 def _free_name(relative: Path, taken: Collection[str]) -> str:
-    """Returns a name that nothing has yet: `eye`, else `eye_jpg`, else `eye_jpg_2`.
+    """Returns the first free name of, for example, `eye`, `eye_jpg`, `eye_jpg_2`, ...
 
     Args:
-        relative: `eye.jpg`, say.
-        taken: names in lower case, since some file systems do not tell cases apart.
+        relative: for example `eye.jpg`.
+        taken: names in lower case, because some file systems ignore case.
     """
     stem = str(relative.with_suffix("")) if relative.suffix else str(relative)
     full = f"{stem}_{relative.suffix[1:]}"

@@ -1,4 +1,4 @@
-"""From a network's output to a pupil: the plausible blob, its ellipse, a raw confidence."""
+"""Postprocessing: finds the pupil's blob in a mask, its sub-pixel ellipse, and its confidence."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from pupilseg.letterbox import Letterbox
 
 MIN_AREA_PX = 60
-"""Smallest blob taken for a pupil, in network pixels: a disc of 4.4 px radius."""
+"""Minimum area of a pupil in network pixels: a disc with a radius of 4.4 px."""
 MIN_ASPECT = 0.15
-"""Least semi-axis ratio b / a of a blob; a pupil seen from 75 degrees aside has 0.26."""
+"""Minimum semi-axis ratio b / a of a pupil; seen at an angle of 75 degrees, it is 0.26."""
 MIN_FILL = 0.75
-"""Least share that a blob fills of the ellipse with its moments; half a disc fills 0.95 of it.
+"""Minimum ratio of a pupil's area to that of the ellipse with its moments; 0.95 for half a disc.
 
-Measured on the labels of 1,318 rendered and 100 OpenEDS pupils: least fill 0.96, least aspect 0.22,
-none refused."""
+In the labels of 1,318 rendered and 100 OpenEDS pupils, the minimum fill is 0.96 and the minimum
+aspect 0.22; none is rejected."""
 
 
 class Blob(NamedTuple):
-    """A plausible pupil in a mask.
+    """A connected component of a mask that can be a pupil.
 
     Attributes:
-        mask: uint8 (400, 640) of {0, 1}: this blob alone.
-        area_px: set pixels.
-        fill: area over that of the ellipse with the same second moments; 1 for a whole ellipse.
-        rows: of its bounding box.
-        columns: of its bounding box.
+        mask: uint8 (400, 640) of {0, 1}, without the other components.
+        area_px: number of pixels.
+        fill: ratio of its area to that of the ellipse with the same second moments, at most 1.
+        rows: bounding box, vertically.
+        columns: bounding box, horizontally.
     """
 
     mask: NDArray[np.uint8]
@@ -52,24 +52,24 @@ class Blob(NamedTuple):
 
 
 def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
-    """Returns the largest blob that can be a pupil.
+    """Returns the largest connected component that can be a pupil, or None.
 
-    Refused are blobs under `MIN_AREA_PX`, narrower than `MIN_ASPECT`, of a shape that fills less
-    than `MIN_FILL` of its ellipse (rings, frames, L-shapes), or holding a corner of the frame (the
-    dark border of an image).
+    A component is rejected if it is smaller than `MIN_AREA_PX`, narrower than `MIN_ASPECT`, fills
+    less than `MIN_FILL` of its ellipse (rings, borders, L-shapes), or contains a corner of the
+    frame (the dark border of an image).
 
     Args:
-        mask: bool (400, 640), network pixels.
-        box: where the frame lies in it; what is beside the frame is ignored.
+        mask: bool (400, 640), in network pixels.
+        box: position of the frame in the mask; everything outside is ignored.
     """
     rows, columns = box.content
-    # Only where anything is set: most masks hold a pupil and nothing else.
+    # Only the bounding box of the set pixels: most masks contain nothing but a pupil.
     left, top, wide, high = cv2.boundingRect(mask[box.content].view(np.uint8))
     left, top = left + columns.start, top + rows.start
     shown = mask[top : top + high, left : left + wide].view(np.uint8)
     if not shown.size:
         return None
-    # 16 bits hold the 64,000 blobs that 400 x 640 can have, and take a third of the time of 32.
+    # 400 x 640 pixels hold at most 64,000 components; 16 bits take a third of the time of 32.
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         shown, connectivity=8, ltype=cv2.CV_16U
     )
@@ -88,7 +88,7 @@ def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
             continue
         x, y, width, height = (int(v) for v in stats[number, :4])
         part = labels[y : y + height, x : x + width] == number
-        # Ten microseconds, where the ellipse in float64 NumPy takes a hundred.
+        # 10 us; `geometry.ellipse_from_mask` takes 100 us.
         moments = cv2.moments(part.view(np.uint8), binaryImage=True)
         a, b = semi_axes(*(moments[name] / area for name in ("mu20", "mu02", "mu11")))
         if b < MIN_ASPECT * a or area < MIN_FILL * math.pi * a * b:
@@ -102,67 +102,68 @@ def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
     return None
 
 
-def moved(ellipse: Ellipse, x: int, y: int) -> Ellipse:
-    """Returns an ellipse of a window as one of the image that has the window at (x, y)."""
+def translated(ellipse: Ellipse, x: int, y: int) -> Ellipse:
+    """Returns an ellipse moved by (x, y) pixels."""
     return ellipse._replace(
         center_x_px=ellipse.center_x_px + x, center_y_px=ellipse.center_y_px + y
     )
 
 
 def margin_near(logits: NDArray[np.float32], blob: Blob) -> NDArray[np.float32]:
-    """Returns the logits' difference in and around a blob, 0 elsewhere.
+    """Returns the difference of the logits in a window around a blob, and 0 elsewhere.
 
-    All of it would be 1 MB to write and to read again for a pupil that takes a twentieth.
+    The whole difference would be 1 MB to write and read; a pupil covers a twentieth of it.
 
     Args:
         logits: float32 (2, 400, 640).
-        blob: of `logits[1] > logits[0]`.
+        blob: a component of `logits[1] > logits[0]`.
 
     Returns:
         float32 (400, 640).
     """
-    around = tuple(
+    window = tuple(
         slice(max(part.start - 3, 0), part.stop + 3) for part in (blob.rows, blob.columns)
     )
     margin = np.zeros((HEIGHT, WIDTH), dtype=np.float32)
-    margin[around] = logits[1][around] - logits[0][around]
+    margin[window] = logits[1][window] - logits[0][window]
     return margin
 
 
 def sub_pixel_ellipse(blob: Blob, margin: NDArray[np.float32], box: Letterbox) -> Ellipse:
-    """Returns the ellipse with the blob's second moments, its border where the margin is zero.
+    """Returns the ellipse with the second moments of the region where the margin is positive.
 
-    A pixel at the border counts by the share of it that lies inside: half, and more or less by the
-    margin over its largest step to a neighbour (docs/benchmarks.md compares other readings).
+    Each pixel is weighted by the fraction of it that lies inside. For a pixel on the border this is
+    estimated as 0.5 plus its margin divided by the largest difference to a neighbor
+    (docs/benchmarks.md compares other estimates).
 
     Args:
-        blob: of `margin > 0`.
-        margin: float32 (400, 640), the logits' difference.
-        box: where the frame lies; what is beside it does not count.
+        blob: a component of `margin > 0`.
+        margin: float32 (400, 640), difference of the logits.
+        box: position of the frame; everything outside is ignored.
     """
     rows, columns = (
         slice(max(part.start - 1, shown.start), min(part.stop + 1, shown.stop))
         for part, shown in zip((blob.rows, blob.columns), box.content, strict=True)
     )
-    near = cv2.dilate(blob.mask[rows, columns], np.ones((3, 3), dtype=np.uint8))
+    region = cv2.dilate(blob.mask[rows, columns], np.ones((3, 3), dtype=np.uint8))
     wide = np.asarray(cv2.copyMakeBorder(margin[rows, columns], 1, 1, 1, 1, cv2.BORDER_REPLICATE))
     along_y, along_x = np.abs(np.diff(wide[:, 1:-1], axis=0)), np.abs(np.diff(wide[1:-1], axis=1))
     step = np.maximum(
         np.maximum(along_y[:-1], along_y[1:]), np.maximum(along_x[:, :-1], along_x[:, 1:])
     )
-    share = np.clip(0.5 + wide[1:-1, 1:-1] / np.maximum(step, np.float32(1e-6)), 0, 1) * near
+    share = np.clip(0.5 + wide[1:-1, 1:-1] / np.maximum(step, np.float32(1e-6)), 0, 1) * region
     found = ellipse_from_weights(share)
-    assert found is not None  # every pixel of the blob counts for half or more
-    return moved(found, columns.start, rows.start)
+    assert found is not None  # every pixel of the blob has a weight of at least 0.5
+    return translated(found, columns.start, rows.start)
 
 
 def blob_confidence(
     blob: Blob, margin: NDArray[np.float32], mask: NDArray[np.bool_], box: Letterbox
 ) -> float:
-    """Returns how sure a segmentation is of its pupil, 0 .. 1.
+    """Returns the raw confidence of a segmentation, in [0, 1].
 
-    The product of the mean probability inside the blob (sigmoid of the logits' difference), the
-    share of its ellipse that it fills, and its share of all pixels that the network calls pupil.
+    It is the product of the mean probability inside the blob (sigmoid of the margin), `Blob.fill`,
+    and the blob's share of all pixels that the network classified as pupil.
     """
     window = blob.rows, blob.columns
     inside = margin[window][blob.mask[window] != 0].astype(np.float64)
@@ -172,33 +173,33 @@ def blob_confidence(
 
 
 def ellipse_confidence(ellipse: Ellipse, image: NDArray[np.uint8], box: Letterbox) -> float:
-    """Returns how much the image looks like a pupil at an ellipse, 0 .. 1.
+    """Returns the raw confidence of an ellipse network, in [0, 1].
 
-    An ellipse network gives no probability, so this measures the frame: with p the share of pixels
-    in the ring of 1.2 to 1.6 semi-axes that are brighter than the median inside, 2 p - 1, at
-    least 0. A pupil has 1, an arbitrary place 0.
+    The network outputs no probability, so the image decides: max(0, 2 p - 1), where p is the share
+    of pixels in the ring from 1.2 to 1.6 semi-axes that are brighter than the median inside the
+    ellipse. It is 1 for a pupil and 0 at an arbitrary place.
 
     Args:
         ellipse: in network pixels.
-        image: uint8 (400, 640), what the network saw.
-        box: where the frame lies in it.
+        image: uint8 (400, 640), the network's input.
+        box: position of the frame in the image.
     """
 
-    def grown(factor: float) -> NDArray[np.uint8]:
+    def scaled(factor: float) -> NDArray[np.uint8]:
         a, b = ellipse.semi_axis_a_px * factor, ellipse.semi_axis_b_px * factor
         mask = draw_ellipse(ellipse._replace(semi_axis_a_px=a, semi_axis_b_px=b), (HEIGHT, WIDTH))
         return mask[box.content]
 
     shown = image[box.content]
-    inside = shown[grown(1.0) != 0]
-    ring = shown[(grown(1.6) != 0) & (grown(1.2) == 0)]
+    inside = shown[scaled(1.0) != 0]
+    ring = shown[(scaled(1.6) != 0) & (scaled(1.2) == 0)]
     if not inside.size or not ring.size:
         return 0.0
     return max(0.0, 2 * float((ring > np.median(inside)).mean()) - 1)
 
 
 def draw_ellipse(ellipse: Ellipse, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Returns what `geometry.ellipse_mask` does, computed within the ellipse's bounds only."""
+    """Returns the mask of `geometry.ellipse_mask`, computed in the ellipse's bounding box only."""
     a, b, angle = ellipse.semi_axis_a_px, ellipse.semi_axis_b_px, ellipse.angle_rad
     reach_x = math.hypot(a * math.cos(angle), b * math.sin(angle)) + 1
     reach_y = math.hypot(a * math.sin(angle), b * math.cos(angle)) + 1
@@ -207,6 +208,6 @@ def draw_ellipse(ellipse: Ellipse, shape: tuple[int, int]) -> NDArray[np.uint8]:
     right = max(left, min(shape[1], math.ceil(ellipse.center_x_px + reach_x) + 1))
     bottom = max(top, min(shape[0], math.ceil(ellipse.center_y_px + reach_y) + 1))
     mask = np.zeros(shape, dtype=np.uint8)
-    local = moved(ellipse, -left, -top)
+    local = translated(ellipse, -left, -top)
     mask[top:bottom, left:right] = ellipse_mask(local, (bottom - top, right - left))
     return mask

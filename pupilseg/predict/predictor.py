@@ -1,10 +1,9 @@
-"""Finds the pupil in a frame with an ONNX file: no torch, any frame size, preprocessing applied.
+"""Finds the pupil in frames of any size with an ONNX model, without torch.
 
     predictor = Predictor("m.onnx")
     mask, ellipse, confidence = predictor(frame)  # frame: uint8 (H, W)
 
-What a network needs done to its images is read from the file's metadata, so a caller cannot get it
-wrong.
+The preprocessing that the network was trained with is read from the file's metadata and applied.
 """
 
 from __future__ import annotations
@@ -35,18 +34,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH_SIZE = 16
-"""Frames that `Predictor.batch` gives the network at once; their logits take 33 MB."""
+"""Number of frames per call of the network in `Predictor.batch`; their logits take 33 MB."""
 
 
 class Prediction(NamedTuple):
-    """The pupil of one frame, in the frame's own pixels.
+    """The pupil in one frame, in pixels of that frame.
 
     Attributes:
-        mask: uint8 (H, W) of {0, 1}; all zero where no pupil was found.
-        ellipse: None where no pupil was found: a closed eye is an answer, not an error.
-        confidence: 0 .. 1, and 0 where no pupil was found. The probability that the centre is
-            within 5 px (of the network's 640 x 400) where the model file holds a calibration; else
-            the raw score, `postprocess.blob_confidence` or `postprocess.ellipse_confidence`.
+        mask: uint8 (H, W) of {0, 1}; all zero if no pupil was found.
+        ellipse: None if no pupil was found, for example in a closed eye.
+        confidence: in [0, 1]; 0 if no pupil was found. If the model file contains a calibration,
+            the probability that the center is within 5 px at the network's size of 640 x 400;
+            otherwise the raw score of `postprocess.blob_confidence` or
+            `postprocess.ellipse_confidence`.
     """
 
     mask: NDArray[np.uint8]
@@ -57,12 +57,12 @@ class Prediction(NamedTuple):
 def pupil_from_output(
     output: NDArray[np.float32], image: NDArray[np.uint8], box: Letterbox
 ) -> Prediction:
-    """Returns the pupil that a network's output for one frame stands for; confidence is raw.
+    """Converts a network's output for one frame to a prediction with a raw confidence.
 
     Args:
-        output: logits (2, 400, 640), or a normalised ellipse (4,).
-        image: uint8 (400, 640), what the network saw.
-        box: where the frame lies in it.
+        output: logits (2, 400, 640), or a normalized ellipse (4,).
+        image: uint8 (400, 640), the network's input.
+        box: position of the frame in that image.
     """
     shape = (box.frame_height, box.frame_width)
     if output.ndim == 1:
@@ -88,12 +88,12 @@ class Predictor:
     """Finds the pupil in single frames, batches and streams.
 
     Args:
-        path: an ONNX file written by `pipeline.export`, or a name of `pretrained.NAMES`.
-        threads: of ONNX Runtime; one is the quickest for these networks.
+        path: an ONNX file written by `pipeline.export`, or one of `weights.NAMES`.
+        threads: number of threads of ONNX Runtime; 1 is the fastest for these networks.
 
     Raises:
-        CheckpointError: the file is missing, damaged or not ours.
-        UsageError: onnxruntime is not installed, or there are no weights of that name.
+        CheckpointError: the file is missing, damaged, or not written by pupilseg.
+        UsageError: onnxruntime is not installed, or no weights have that name.
     """
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
@@ -102,7 +102,7 @@ class Predictor:
         self._preprocess = get_preprocessing(self.info.preprocessing)
 
     def __call__(self, frame: NDArray[np.uint8]) -> Prediction:
-        """Returns the pupil of one frame, uint8 (H, W) of any size.
+        """Returns the pupil in one frame, uint8 (H, W).
 
         Raises:
             ValueError: the frame has another dtype or shape.
@@ -110,7 +110,7 @@ class Predictor:
         return self.batch([frame])[0]
 
     def batch(self, frames: Iterable[NDArray[np.uint8]]) -> list[Prediction]:
-        """Returns the pupils of frames, uint8 (H, W) each, which may differ in size.
+        """Returns the pupils in frames, uint8 (H, W) each, which may differ in size.
 
         Raises:
             ValueError: a frame has another dtype or shape.
@@ -119,9 +119,9 @@ class Predictor:
         found: list[Prediction] = []
         for start in range(0, len(every), BATCH_SIZE):
             part = every[start : start + BATCH_SIZE]
-            boxes = [Letterbox.of(_checked(frame)) for frame in part]
+            boxes = [Letterbox.of(_shape_of(frame)) for frame in part]
             fitted = [self._preprocess(b.fit(frame)) for b, frame in zip(boxes, part, strict=True)]
-            images = np.stack(fitted) if len(fitted) > 1 else fitted[0][None]  # one is no copy
+            images = np.stack(fitted) if len(fitted) > 1 else fitted[0][None]  # stacking copies
             rows = zip(self.network(images), images, boxes, strict=True)
             found += [self._predict(*row) for row in rows]
         return found
@@ -129,14 +129,14 @@ class Predictor:
     def stream(
         self, frames: Iterable[NDArray[np.uint8]], *, slots: int = 2
     ) -> Generator[Prediction]:
-        """Yields the pupil of each frame, in order, as `predictor(frame)` gives it.
+        """Yields the pupil in each frame, with the same results as `predictor(frame)`.
 
-        A thread draws the frames and runs the network while the caller works on earlier ones.
+        A background thread draws frames and runs the network while the caller uses earlier results.
 
         Args:
-            frames: uint8 (H, W) each; may be endless, such as a camera's.
-            slots: pupils that may wait for the caller; 0 for no thread: a frame is then drawn
-                only when its pupil is asked for.
+            frames: uint8 (H, W) each; may be endless, like those of a camera.
+            slots: maximum number of results computed ahead; with 0 there is no thread, and a frame
+                is drawn only when its result is requested.
 
         Raises:
             ValueError: a frame has another dtype or shape.
@@ -147,27 +147,29 @@ class Predictor:
     def _predict(
         self, output: NDArray[np.float32], image: NDArray[np.uint8], box: Letterbox
     ) -> Prediction:
-        """Turns one frame's output into its pupil."""
+        """Returns the prediction for one frame, with a calibrated confidence if possible."""
         found = pupil_from_output(output, image, box)
         if found.ellipse is None or self.info.calibration is None:
             return found
         return found._replace(confidence=self.info.calibration(found.confidence))
 
 
-def _checked(frame: NDArray[np.generic]) -> tuple[int, int]:
+def _shape_of(frame: NDArray[np.generic]) -> tuple[int, int]:
     """Returns (height, width) of a frame.
 
     Raises:
-        ValueError: it is not uint8 (H, W), or has no pixel.
+        ValueError: it is not uint8 (H, W), or it is empty.
     """
     if frame.ndim == 2 and frame.dtype == np.uint8 and frame.size:
         return frame.shape
-    mend = "give a frame with at least one pixel"
+    hint = "pass a frame with at least one pixel"
     if frame.dtype == np.uint16:
-        mend = "bring 16 bits to 8: (frame >> 8).astype(np.uint8)"
+        hint = "reduce 16 bits to 8: (frame >> 8).astype(np.uint8)"
     elif frame.dtype != np.uint8:
-        mend = "bring its greys to 0 .. 255 and convert it: frame.astype(np.uint8)"
+        hint = "scale its values to 0 .. 255 and convert it: frame.astype(np.uint8)"
     elif frame.ndim == 3 and frame.size:
-        mend = "make colour grey: cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY); for frames one after the"
-        mend += " other use batch or stream"
-    raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 (H, W); {mend}")
+        hint = (
+            "convert color to gray: cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY); "
+            "for several frames use batch or stream"
+        )
+    raise ValueError(f"a frame is {frame.dtype} {frame.shape}, expected uint8 (H, W); {hint}")

@@ -1,4 +1,4 @@
-"""A region of the frame in which the pupil is looked for."""
+"""Region of interest: the part of the frame that the network sees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 
 from pupilseg.errors import DataError, UsageError
-from pupilseg.predict.postprocess import moved
+from pupilseg.predict.postprocess import translated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Roi(NamedTuple):
-    """A rectangle in pixels of the frame.
+    """A rectangle, in pixels of the frame.
 
     Attributes:
         x: first column.
@@ -32,10 +32,10 @@ class Roi(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads "x,y,w,h".
+        """Parses "x,y,w,h".
 
         Raises:
-            UsageError: it is something else, or empty.
+            UsageError: the text has another form, or the rectangle is empty.
         """
         try:
             roi = cls(*(int(word) for word in text.split(",")))
@@ -49,22 +49,22 @@ class Roi(NamedTuple):
         return roi
 
     def cut(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns the region of a frame, uint8 (H, W).
+        """Returns the region of a frame, uint8 (H, W), as a view.
 
         Raises:
-            DataError: it reaches outside of the frame.
+            DataError: the region extends beyond the frame.
         """
         height, width = frame.shape
         if self.x + self.width > width or self.y + self.height > height:
             raise DataError(
-                f"--roi {','.join(map(str, self))} reaches outside of the frame, which is {width} "
+                f"--roi {','.join(map(str, self))} extends beyond the frame, which is {width} "
                 f"wide and {height} high; choose x + w <= {width} and y + h <= {height}"
             )
         return frame[self.y : self.y + self.height, self.x : self.x + self.width]
 
     def to_frame(self, found: Prediction, shape: tuple[int, int]) -> Prediction:
-        """Returns what was found in the region in pixels of the frame of (height, width)."""
+        """Converts a prediction for the region to pixels of a frame of shape (height, width)."""
         mask = np.zeros(shape, dtype=np.uint8)
         mask[self.y : self.y + self.height, self.x : self.x + self.width] = found.mask
-        ellipse = None if found.ellipse is None else moved(found.ellipse, self.x, self.y)
+        ellipse = None if found.ellipse is None else translated(found.ellipse, self.x, self.y)
         return found._replace(mask=mask, ellipse=ellipse)

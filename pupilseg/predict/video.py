@@ -1,4 +1,4 @@
-"""Frames out of videos and cameras, with their times, and a video in, with OpenCV alone."""
+"""Reads videos and cameras, with timestamps, and writes videos, using OpenCV only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from pupilseg.errors import DataError, OutputError
 from pupilseg.files import output_errors
-from pupilseg.pictures import to_grey
+from pupilseg.pictures import opencv_path, to_gray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MISSING_SHARE = 0.02
-"""Frames that a container may announce in excess: some only estimate their number."""
+"""Share of announced frames that may be missing, since some containers only estimate the number."""
 DEFAULT_FPS = 30.0
-"""Of the drawn video of a source that does not say its own."""
+"""Frame rate of the overlay video if the source does not announce one."""
 
 
 class Frame(NamedTuple):
     """One frame of a video.
 
     Attributes:
-        number: from 0, counting what could be decoded.
-        time_s: since the video's start; None where nothing tells.
+        number: index among the frames that could be decoded, from 0.
+        time_s: time since the start of the video; None if unknown.
         image: uint8 (H, W).
     """
 
@@ -43,16 +43,16 @@ class Video:
     """An open video file or camera.
 
     Args:
-        source: a file, or a camera's number.
+        source: a file, or the number of a camera.
 
     Attributes:
-        frames: number that the container announces; 0 where it does not, as a camera.
-        fps: frames a second that it announces; 0 where it does not.
-        has_stamps: `Frame.time_s` is the container's; else it is counted.
-        clock: where `Frame.time_s` comes from, in words.
+        frames: number of frames that the container announces; 0 if unknown, as for a camera.
+        fps: frame rate that it announces; 0 if unknown.
+        has_stamps: `Frame.time_s` comes from timestamps; otherwise from the frame's number.
+        clock: describes the origin of `Frame.time_s`.
 
     Raises:
-        DataError: OpenCV cannot open it, or it holds no frame.
+        DataError: OpenCV cannot open the source, or it contains no frame.
     """
 
     def __init__(self, source: Path | int) -> None:
@@ -60,8 +60,8 @@ class Video:
         self._name = f"camera {source}" if self._camera else str(source)
         self._opened_ms: float | None = None
         self._count = 0
-        self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-        # FFmpeg draws text files (.txt, .nfo) as pictures of letters.
+        self._capture = cv2.VideoCapture(source if isinstance(source, int) else opencv_path(source))
+        # FFmpeg renders text files (.txt, .nfo) as images.
         is_text = self._capture.get(cv2.CAP_PROP_FOURCC) == cv2.VideoWriter.fourcc(*"ansi")
         if is_text or not self._capture.isOpened():
             self.close()
@@ -72,17 +72,17 @@ class Video:
         self._first = [pair for _ in range(2) if (pair := self._read()) is not None]
         if not self._first:
             self.close()
-            raise DataError(f"{self._name} holds no frame that can be decoded; check the file")
-        # A container without timestamps gives the same for every frame.
+            raise DataError(f"{self._name} contains no frame that can be decoded; check the file")
+        # Without timestamps, a container reports the same time for every frame.
         self.has_stamps = len(self._first) < 2 or self._first[1][0] > self._first[0][0]
-        self.clock = "this machine's" if self._camera else "the container's timestamps"
+        self.clock = "this machine's clock" if self._camera else "the container's timestamp"
         if not self.has_stamps:
-            self.clock = f"frame / {self.fps:g} fps" if self.fps else "nothing: time_s stays empty"
+            self.clock = f"frame / {self.fps:g} fps" if self.fps else "empty"
 
     def _why_not(self, source: Path | int) -> str:
-        """Says why a source could not be opened."""
+        """Returns the reason why a source could not be opened."""
         if isinstance(source, int):
-            return f"there is no camera {source}, or another program uses it"
+            return f"camera {source} does not exist, or another program is using it"
         try:
             size = source.stat().st_size
             with source.open("rb"):
@@ -91,22 +91,22 @@ class Video:
             return f"cannot read {source}: {error.strerror}"
         if not size:
             return f"{source} is empty"
-        return f"{source} is neither an image nor a video that OpenCV reads, or is damaged"
+        return f"{source} is damaged, or neither an image nor a video that OpenCV can read"
 
     def _read(self) -> tuple[float, NDArray[np.uint8]] | None:
-        """Returns the next frame's stamp in ms and its picture, None at the end.
+        """Returns the time in ms and the image of the next frame; None at the end.
 
-        A camera's stamps are of this machine's clock, from the first frame on: drivers differ in
-        what they count from, and some do not count.
+        For a camera, the time since the first frame is measured with this machine's clock: camera
+        drivers start at different times, and some report none.
         """
-        there, picture = self._capture.read()
-        if not there:
+        success, picture = self._capture.read()
+        if not success:
             return None
         if self._camera:
             stamp = 1e3 * time.monotonic()
             self._opened_ms = stamp if self._opened_ms is None else self._opened_ms
-            return stamp - self._opened_ms, to_grey(picture)
-        return self._capture.get(cv2.CAP_PROP_POS_MSEC), to_grey(picture)
+            return stamp - self._opened_ms, to_gray(picture)
+        return self._capture.get(cv2.CAP_PROP_POS_MSEC), to_gray(picture)
 
     def __iter__(self) -> Iterator[Frame]:
         """Yields the frames, once."""
@@ -130,21 +130,24 @@ class Video:
             )
 
     def close(self) -> None:
-        """Lets the file or the camera go."""
+        """Closes the file or the camera."""
         self._capture.release()
 
 
 def announced_frames(path: Path) -> int:
-    """Returns the number of frames that a video's container announces; 0 where it does not."""
-    capture = cv2.VideoCapture(str(path))
+    """Returns the number of frames that a video's container announces; 0 if unknown."""
+    try:
+        capture = cv2.VideoCapture(opencv_path(path))
+    except DataError:
+        return 0
     count = round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
     capture.release()
     return max(0, count)
 
 
 def pictures_at(path: Path, numbers: set[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yields some frames of a video in colour, uint8 (H, W, 3), with their numbers, in order."""
-    capture = cv2.VideoCapture(str(path))
+    """Yields (number, uint8 (H, W, 3) in BGR order) for some frames of a video, in order."""
+    capture = cv2.VideoCapture(opencv_path(path))
     try:
         for number in range(max(numbers, default=-1) + 1):
             if not capture.grab():
@@ -156,20 +159,20 @@ def pictures_at(path: Path, numbers: set[int]) -> Iterator[tuple[int, NDArray[np
 
 
 class VideoFile:
-    """A video being written: MPEG-4 in .mp4, which appears only when it is whole.
+    """An MPEG-4 video that is being written; the file appears once it is complete.
 
     Args:
-        path: the *.mp4.
-        fps: frames a second; 0 for `DEFAULT_FPS`.
+        path: a name that ends in ".mp4".
+        fps: frame rate; 0 for `DEFAULT_FPS`.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the directory cannot be written.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
-        # MPEG-4 counts time in at most 65535 parts of a second; OpenCV takes 10^n of them a frame.
+        # MPEG-4 divides a second into at most 65535 parts; OpenCV uses 10^n * fps of them.
         self._path, self._fps = path, round(fps or DEFAULT_FPS, 2 if fps < 600 else 0)
-        # OpenCV chooses the container by the last suffix, so this is no `atomic_path`.
+        # OpenCV chooses the container by the last suffix, so `atomic_path` cannot be used.
         self._temporary = path.with_name(f".{path.stem}.part{path.suffix}")
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -178,19 +181,24 @@ class VideoFile:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, picture: NDArray[np.uint8]) -> None:
-        """Appends a picture, uint8 (H, W, 3); one of another size than the first is resized."""
+        """Appends an image, uint8 (H, W, 3), resized to the size of the first one.
+
+        Raises:
+            OutputError: OpenCV cannot create the file.
+            DataError: its name is not valid UTF-8.
+        """
         if self._writer is None:
-            # MPEG-4 halves the colours' resolution, so both sides must be even.
+            # MPEG-4 stores color at half the resolution, so both sides have to be even.
             height, width = (side + side % 2 for side in picture.shape[:2])
             self._size = (width, height)
             self._writer = cv2.VideoWriter(
-                str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, self._size
+                opencv_path(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, self._size
             )
             if not self._writer.isOpened():
                 self.discard()
                 raise OutputError(
-                    f"cannot write {self._path}: OpenCV makes no MPEG-4 of {width} x {height} px "
-                    f"at {self._fps:g} fps there; choose another --out, or --no-overlays"
+                    f"cannot write {self._path}: OpenCV cannot create an MPEG-4 file of {width} x "
+                    f"{height} px at {self._fps:g} fps; choose another --out, or --no-overlays"
                 )
         height, width = picture.shape[:2]
         if (width, height) != self._size:
@@ -203,10 +211,10 @@ class VideoFile:
         self._frames += 1
 
     def finish(self) -> None:
-        """Ends the video and gives it its name; nothing is written if it has no frame.
+        """Completes the video and moves it into place; without a frame, there is no file.
 
         Raises:
-            OutputError: the file lacks frames (OpenCV reports no write fault), or cannot be named.
+            OutputError: the file cannot be renamed, or lacks frames: OpenCV reports no write error.
         """
         if self._writer is None:
             return
@@ -216,14 +224,14 @@ class VideoFile:
         if written != self._frames:
             self.discard()
             raise OutputError(
-                f"cannot write {self._path}: {written} of {self._frames} frames arrived on the "
-                "disk; free some space, or choose another --out"
+                f"cannot write {self._path}: only {written} of {self._frames} frames are on "
+                "the disk; free some space, or choose another --out"
             )
         with output_errors(self._path):
             os.replace(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Removes the unfinished video."""
         if self._writer is not None:
             self._writer.release()
             self._writer = None

@@ -1,4 +1,4 @@
-"""A real headless browser, told what to do over two pipes (Chrome DevTools Protocol)."""
+"""A headless Chromium, controlled over two pipes with the Chrome DevTools Protocol."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATH = next((path for name in NAMES if (path := shutil.which(name))), None)
-"""The browser, or None."""
+"""Path of the browser; None if there is none."""
 
 
 class Browser:
-    """A page in a headless browser, with all that it asks the network for and complains about.
+    """A page in a headless browser.
 
     Attributes:
-        requests: addresses.
-        complaints: exceptions and errors on the console.
+        requests: URLs that the page has requested.
+        complaints: exceptions and console errors, violations of the page's policy included.
     """
 
     def __init__(self, profile):
         assert PATH is not None
         self.requests, self.complaints = [], []
         self._rest, self._ids = b"", itertools.count(1)
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        # Chrome reads from 3 and writes to 4; bash puts them there, from numbers beyond.
-        far_in, far_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out))
+        browser_in, self._out = os.pipe()
+        self._in, browser_out = os.pipe()
+        # Chromium reads from descriptor 3 and writes to 4. Bash redirects them from numbers >= 10.
+        far_in, far_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (browser_in, browser_out))
 
         words = ["bash", "-c", f'exec "$0" "$@" 3<&{far_in} 4>&{far_out}']
         words += [
@@ -47,7 +47,7 @@ class Browser:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             pass_fds=(far_in, far_out),
         )  # fmt: skip
-        for end in (theirs_in, theirs_out, far_in, far_out):
+        for end in (browser_in, browser_out, far_in, far_out):
             os.close(end)
         self._session = None
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
@@ -73,32 +73,32 @@ class Browser:
                 self._process.wait()
 
     def open(self, url):
-        """Goes to a page and waits until it is loaded."""
+        """Opens a page and waits until it has loaded."""
         self._ask("Page.navigate", url=url)
         self.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
 
     def wait_for(self, condition):
-        """Waits until a JavaScript expression holds."""
+        """Waits until a JavaScript expression is true."""
         deadline = time.monotonic() + 20
         while not self.value(condition):
             assert time.monotonic() < deadline, condition
             time.sleep(0.02)
 
     def value(self, expression):
-        """Returns a JavaScript expression's value."""
+        """Returns the value of a JavaScript expression."""
         found = self._ask("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def press(self, key, modifiers=0):
-        """Presses a key, as a keyboard does."""
+        """Presses and releases a key."""
         text = {"text": key} if len(key) == 1 else {}
         common = {"key": key, "modifiers": modifiers}
         self._ask("Input.dispatchKeyEvent", type="keyDown", **common, **text)
         self._ask("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def click(self, selector, share=0.5):
-        """Clicks into an element, at a share of its width."""
+        """Clicks on an element, at a fraction of its width."""
         box = self.value(
             f"(e => (e.scrollIntoView(), e = e.getBoundingClientRect(), "
             f"[e.x, e.y, e.width, e.height]))(document.querySelector({json.dumps(selector)}))"
@@ -108,7 +108,7 @@ class Browser:
             self._ask("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
 
     def _ask(self, method, **params):
-        """Sends a command and returns its result; what comes meanwhile is noted."""
+        """Sends a command and returns its result; records events received before it."""
         number = next(self._ids)
         message = {"id": number, "method": method, "params": params}
         if self._session is not None:
@@ -133,7 +133,7 @@ class Browser:
         return json.loads(first)
 
     def _note(self, event):
-        """Keeps requests and complaints."""
+        """Records a request or an error."""
         method, params = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])

@@ -1,4 +1,4 @@
-"""Plain frames with one dark ellipse, and videos of frames."""
+"""Plain frames with one dark ellipse, and videos made of frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PUPIL = Ellipse(301.3, 188.6, 52.4, 41.7, 0.4)
 
 
 def eye(ellipse=PUPIL, shape=(HEIGHT, WIDTH)):
-    """A bright frame with a dark ellipse whose rim is as wide as a pixel, as a lens gives it."""
+    """Returns a bright frame with a dark ellipse whose border is anti-aliased."""
     fine = 4
     grown = Ellipse(
         *((v + 0.5) * fine - 0.5 for v in ellipse[:2]),
@@ -25,7 +25,7 @@ def eye(ellipse=PUPIL, shape=(HEIGHT, WIDTH)):
 
 
 def write_video(path, frames, fps=25.0, fourcc="MJPG"):
-    """Writes grey frames as a video in colour, as cameras do."""
+    """Writes gray frames as a color video."""
     size = frames[0].shape[::-1]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), fps, size)
     assert writer.isOpened()

@@ -1,4 +1,4 @@
-"""Prediction: what is found is where it is, in the frame's own pixels, whatever the frame."""
+"""Prediction: the pupil is found in the frame's own pixels, for frames of all kinds."""
 
 import contextlib
 import itertools
@@ -44,11 +44,11 @@ def iou(a, b):
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    # 70 is the grey of a pixel that is half pupil, half not.
+    # 70 is the gray level of a pixel that is half pupil, half iris.
     return Predictor(threshold_onnx(tmp_path_factory.mktemp("model") / "t.onnx", 70))
 
 
-def test_finds_the_ellipse_to_a_tenth_of_a_pixel(predictor):
+def test_ellipse_is_found_to_a_tenth_of_a_pixel(predictor):
     frame = eye()
     mask, ellipse, confidence = predictor(frame)
     assert mask.dtype == np.uint8
@@ -66,8 +66,8 @@ def test_other_sizes_are_mapped_back_to_their_own_pixels(predictor, shape):
     frame = eye(truth, shape)
     mask, ellipse, _ = predictor(frame)
     assert mask.shape == shape
-    pixel = max(1.0, 1 / min(HEIGHT / shape[0], WIDTH / shape[1]))  # of the network, in the frame's
-    # Half a pixel of misplacement anywhere on the way would be pixel / 2 - 0.5 or more.
+    pixel = max(1.0, 1 / min(HEIGHT / shape[0], WIDTH / shape[1]))  # of the network, in the frame
+    # An offset of half a pixel in any step would give an error of pixel / 2 - 0.5 or more.
     assert ellipse[:4] == pytest.approx(truth[:4], abs=0.12 * pixel)
     assert ellipse.angle_rad == pytest.approx(truth.angle_rad, abs=0.02)
     assert iou(mask, draw_ellipse(truth, shape)) > 0.965
@@ -101,7 +101,7 @@ def test_ellipse_mapping_keeps_points_on_it(shape, x, y, a, aspect, angle):
     assert radius == pytest.approx(np.ones(9), abs=1e-6)
 
 
-def test_batch_gives_what_single_calls_give(predictor):
+def test_batch_equals_single_calls(predictor):
     frames = [eye(PUPIL._replace(center_x_px=200 + 9 * i)) for i in range(BATCH_SIZE)]
     frames += [eye(shape=(480, 800)), np.full((HEIGHT, WIDTH), 120, np.uint8)]
     for one, frame in zip(predictor.batch(frames), frames, strict=True):
@@ -112,7 +112,7 @@ def test_batch_gives_what_single_calls_give(predictor):
 
 
 @pytest.mark.parametrize("slots", [0, 1, 3])
-def test_stream_gives_what_single_calls_give(predictor, slots):
+def test_stream_equals_single_calls(predictor, slots):
     frames = [eye(PUPIL._replace(center_x_px=200 + 9 * i)) for i in range(5)]
     drawn = []
 
@@ -124,7 +124,7 @@ def test_stream_gives_what_single_calls_give(predictor, slots):
     with contextlib.closing(predictor.stream(camera(), slots=slots)) as stream:
         for frame, found in zip(frames, stream, strict=False):
             assert found[1:] == predictor(frame)[1:]
-        assert len(drawn) <= 6 + slots + 1  # an endless source is not run away from
+        assert len(drawn) <= 6 + slots + 1  # a bounded number of frames is drawn ahead
     assert set(drawn) == {slots == 0}
     if not slots:
         assert len(drawn) <= 6
@@ -138,13 +138,13 @@ def test_calibration_of_the_file_is_applied(predictor, tmp_path):
     frame = draw(disc(330, 210, 40), border)
     raw, found = predictor(frame).confidence, Predictor(model)(frame).confidence
     assert found == calibration(raw)
-    assert 0 < raw < found < 0.99  # what a 98-fold success is worth at the most
+    assert 0 < raw < found < 0.99  # the limit for a calibration on 98 frames
     assert Predictor(model)(draw()).confidence == 0
 
 
 @pytest.mark.parametrize(("dx", "dy"), [(0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (0.9, 0.1)])
 def test_sub_pixel_border(tmp_path, dx, dy):
-    """Moved and grown by parts of a pixel, a small disc is followed; its mask's moments jump."""
+    """A small disc is measured to a fraction of a pixel, unlike by the moments of its mask."""
     predictor = Predictor(threshold_onnx(tmp_path / "t.onnx", 70))
     errors, coarse = [], []
     for radius in (5.1, 5.35, 5.6, 5.85):
@@ -158,7 +158,7 @@ def test_sub_pixel_border(tmp_path, dx, dy):
 
 def test_preprocessing_of_the_file_is_applied(tmp_path):
     name = "gamma0.8+clahe1.5"
-    frame = render(3).image  # its pupil: 36 as captured, below 60 with the preprocessing
+    frame = render(3).image  # pupil: 36 as captured, below 60 with preprocessing
     mask = get_preprocessing(name)(frame) < 60.5
     found = Predictor(threshold_onnx(tmp_path / "p.onnx", 60.5, preprocessing=name))
     plain = Predictor(threshold_onnx(tmp_path / "n.onnx", 60.5))
@@ -167,7 +167,7 @@ def test_preprocessing_of_the_file_is_applied(tmp_path):
 
 
 def draw(*shapes):
-    """A frame of 120 on which each function has drawn."""
+    """Returns a frame of gray level 120 on which each function has drawn."""
     frame = np.full((HEIGHT, WIDTH), 120, np.uint8)
     for shape in shapes:
         shape(frame)
@@ -212,7 +212,7 @@ def test_only_a_plausible_blob_is_a_pupil(predictor, distraction):
     found = predictor(draw(distraction, disc(330, 210, 40)))
     assert found.ellipse[:4] == pytest.approx((330, 210, 40, 40), abs=0.1)
     assert np.array_equal(found.mask, draw(disc(330, 210, 40)) < 70)
-    # What the network saw beside it makes it less sure.
+    # Other pixels classified as pupil reduce the confidence.
     assert found.confidence < predictor(draw(disc(330, 210, 40))).confidence
 
 
@@ -221,22 +221,22 @@ def test_largest_plausible_blob_wins(predictor):
     assert found.ellipse[:2] == pytest.approx((420, 220), abs=0.1)
 
 
-def test_letterbox_padding_is_no_pupil(tmp_path):
-    # The padding is black, which this network takes for pupil; a wide frame has it above and below.
+def test_letterbox_padding_is_ignored(tmp_path):
+    # This network classifies the black padding above and below a wide frame as pupil.
     predictor = Predictor(threshold_onnx(tmp_path / "t.onnx", 70))
     found = predictor(eye(Ellipse(300, 60, 30, 30, 0), (120, 640)))
     assert found.ellipse[:4] == pytest.approx((300, 60, 30, 30), abs=0.2)
     assert found.confidence > 0.9
 
 
-def test_closed_eye_is_an_answer(predictor):
+def test_closed_eyes_are_no_error(predictor):
     for shape in ((HEIGHT, WIDTH), (480, 640), (1, 1), (1, 5000)):
         mask, ellipse, confidence = predictor(np.full(shape, 120, np.uint8))
         assert (mask.shape, int(mask.sum()), ellipse, confidence) == (shape, 0, None, 0.0)
 
 
 def test_labels_of_rendered_eyes_are_plausible():
-    """No limit of `find_blob` may cost a real pupil; render(2, 3) and others have lids over it."""
+    """`find_blob` rejects no real pupil, even if lids cover a part of it."""
     for index in range(30):
         label = render(index, 11).classes == 3
         blob = find_blob(label, WHOLE)
@@ -270,15 +270,15 @@ def test_ellipse_network(tmp_path):
     st.floats(0.5, 300),
     st.floats(-1.5, 1.5),
 )
-def test_windowed_drawing_is_the_drawing(x, y, a, b, angle):
-    # The same up to rounding at the rim: coordinates in a window are other numbers.
+def test_drawing_in_a_window(x, y, a, b, angle):
+    # Equal up to rounding at the border, since the coordinates in a window are different numbers.
     ellipse = Ellipse(x, y, max(a, b), min(a, b), angle)
     shape = (HEIGHT, WIDTH)
     assert np.count_nonzero(draw_ellipse(ellipse, shape) != ellipse_mask(ellipse, shape)) <= 1
 
 
 @pytest.mark.parametrize(
-    ("frame", "mend"),
+    ("frame", "hint"),
     [
         (np.zeros((HEIGHT, WIDTH), np.float32), "astype"),
         (np.zeros((HEIGHT, WIDTH), np.uint16), ">> 8"),
@@ -287,13 +287,13 @@ def test_windowed_drawing_is_the_drawing(x, y, a, b, angle):
         (np.zeros((2, 2, 2, 2), np.uint8), "at least one pixel"),
     ],
 )
-def test_other_arrays_are_refused(predictor, frame, mend):
-    with pytest.raises(ValueError, match=r"expected uint8 \(H, W\); .*" + mend):
+def test_other_arrays_are_rejected(predictor, frame, hint):
+    with pytest.raises(ValueError, match=r"expected uint8 \(H, W\); .*" + hint):
         predictor(frame)
 
 
 def bad_files(directory):
-    """Files that are no model of ours, each with what the message must say."""
+    """Yields files that are not valid models, each with a part of its error message."""
     good = threshold_onnx(directory / "good.onnx").read_bytes()
 
     def put(name, content):
@@ -356,7 +356,7 @@ def test_info(tmp_path):
     )
 
 
-def test_runs_without_torch_and_imports_onnxruntime_late(tmp_path):
+def test_runs_without_torch_and_imports_onnxruntime_lazily(tmp_path):
     model = threshold_onnx(tmp_path / "t.onnx")
     code = f"""
 import sys
@@ -378,24 +378,24 @@ except pupilseg.model_files.onnx.UsageError as error:
     assert "pip install 'pupilseg[predict]'" in done.stdout
 
 
-# --- pictures and files -------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------
 
 
-def test_images_of_every_kind_become_grey(tmp_path):
-    grey = eye()
-    colour = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+def test_images_of_every_kind_become_gray(tmp_path):
+    gray = eye()
+    color = cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR)
     kinds = {
-        "grey.png": grey,
-        "colour.png": colour,
-        "alpha.png": np.dstack([colour, np.full_like(grey, 9)]),
-        "deep.png": grey.astype(np.uint16) * 257,
-        "grey.tif": grey,
+        "gray.png": gray,
+        "color.png": color,
+        "alpha.png": np.dstack([color, np.full_like(gray, 9)]),
+        "deep.png": gray.astype(np.uint16) * 257,
+        "gray.tif": gray,
     }
     for name, image in kinds.items():
         assert cv2.imwrite(str(tmp_path / name), image)
         found = read_image(tmp_path / name)
         assert found.dtype == np.uint8
-        assert np.abs(found.astype(int) - grey).max() <= 1, name
+        assert np.abs(found.astype(int) - gray).max() <= 1, name
     for name, content in {"empty.png": b"", "text.png": b"hello"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match="not an image"):
@@ -409,7 +409,7 @@ def test_pictures(predictor):
     found = predictor(frame)
     shown = overlay(frame, found)
     on_rim = shown[round(PUPIL.center_y_px), round(PUPIL.center_x_px)]
-    assert on_rim[2] > 200 > on_rim[1]  # the cross at the centre is red
+    assert on_rim[2] > 200 > on_rim[1]  # the cross at the center is red
     assert overlay(np.zeros((3000, 200), np.uint8), predictor(frame * 0 + 120)).shape == (
         1280,
         85,
@@ -417,8 +417,8 @@ def test_pictures(predictor):
     )
     truth = ellipse_mask(PUPIL._replace(center_x_px=400))
     picture = compare(frame, truth, found.mask)
-    for colour, mask in ((GREEN, truth), (RED, found.mask)):
-        rows, columns = np.nonzero((picture == colour).all(axis=2))
+    for color, mask in ((GREEN, truth), (RED, found.mask)):
+        rows, columns = np.nonzero((picture == color).all(axis=2))
         assert (
             np.abs([columns.mean() / 2, rows.mean() / 2] - np.argwhere(mask).mean(0)[::-1]).max()
             < 3

@@ -1,4 +1,4 @@
-"""The page to step through a run: what is in it, and that it works in a real browser."""
+"""view.html: its content, and how it works in a real browser."""
 
 import base64
 import json
@@ -19,14 +19,14 @@ from tests.helpers.onnx_files import threshold_onnx
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A run over twelve frames of a video (the fifth doubtful, the last a blink) and two images."""
+    """A run over two images and a video of 12 frames: the fifth is doubtful, the last a blink."""
     folder = tmp_path_factory.mktemp("view")
     frames = [eye(PUPIL._replace(center_x_px=200 + 10 * i)) for i in range(12)]
-    frames[4][:80, 300:500] = 20  # a dark border beside the pupil
+    frames[4][:80, 300:500] = 20  # a dark bar beside the pupil
     frames[11][:] = 120
     write_video(folder / "v.avi", frames, fps=10)
     (folder / "in" / "x<").mkdir(parents=True)
-    # A path that would end the page's data, were it written as it is.
+    # Unescaped, this path would end the page's data block.
     for name, frame in (("x</script><b>.png", frames[0]), ("y.png", eye(shape=(900, 1440)))):
         (folder / "in" / name).write_bytes(cv2.imencode(".png", frame)[1].tobytes())
     predictor = Predictor(threshold_onnx(folder / "t.onnx", 70))
@@ -46,7 +46,7 @@ def data_of(page):
     return json.loads(inside), text
 
 
-def test_page_holds_rows_and_pictures_and_asks_for_nothing(out):
+def test_page_is_self_contained(out):
     data, text = data_of(write_view(out))
     assert len(data["rows"]) == len(data["pictures"]) == 14
     assert data["columns"][-1] == "diameter_mm"
@@ -54,7 +54,7 @@ def test_page_holds_rows_and_pictures_and_asks_for_nothing(out):
     assert sorted(data["sources"].values()) == [1, 1, 12]
     assert not re.search(r'https?://|src="(?!data:)|<link|@import|url\(', text)
     assert len(text) < 2_000_000
-    # The picture of a row is that of its frame: the red cross is where the row says.
+    # Each row has the image of its frame: the red cross is at the center that the row gives.
     for number in (0, 4, 9):
         encoded = base64.b64decode(data["pictures"][str(number)].split(",")[1])
         picture = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR).astype(int)
@@ -63,24 +63,24 @@ def test_page_holds_rows_and_pictures_and_asks_for_nothing(out):
         assert (columns.min() + columns.max()) / 2 == pytest.approx(row["center_x_px"], abs=3)
 
 
-def test_pictures_are_bounded_and_the_page_says_so(out):
+def test_number_of_pictures_is_limited(out):
     data, _ = data_of(write_view(out, pictures=3))
     assert len(data["pictures"]) == 3
     assert "4" in data["pictures"]  # the doubtful one
-    assert "pictures of 3 frames, doubtful ones" in data["about"]
+    assert "contains the images of 3 frames, doubtful" in data["about"]
     assert len(data["rows"]) == 14
 
 
-def test_bytes_are_bounded_too(out, monkeypatch):
+def test_size_of_pictures_is_limited(out, monkeypatch):
     whole, _ = data_of(write_view(out))
     sizes = {n: len(p) for n, p in whole["pictures"].items()}
-    monkeypatch.setattr("pupilseg.predict.view.MOST_BYTES", sum(sizes.values()) // 3)
+    monkeypatch.setattr("pupilseg.predict.view.MAX_BYTES", sum(sizes.values()) // 3)
     data, _ = data_of(write_view(out))
     assert "4" in data["pictures"]
     assert 2 <= len(data["pictures"]) <= 7
 
 
-def test_rows_with_pictures():
+def test_choice_of_rows():
     doubt = [0.9] * 1000
     doubt[123], doubt[456] = 0.1, 0.2
     chosen = choose_rows(doubt, 40)
@@ -106,8 +106,8 @@ def test_a_run_without_overlays_or_frames(tmp_path, out):
     assert data["rows"] == []
 
 
-def test_directories_that_are_none(tmp_path):
-    with pytest.raises(DataError, match=r"there is no .*pupil.csv; give the --out"):
+def test_directories_without_results(tmp_path):
+    with pytest.raises(DataError, match=r"pupil.csv does not exist; pass the --out"):
         write_view(tmp_path)
     for text in ("", "a,b\n", "\x00"):
         (tmp_path / "pupil.csv").write_text(text)
@@ -125,7 +125,7 @@ def test_directories_that_are_none(tmp_path):
 @pytest.mark.integration
 @pytest.mark.skipif(PATH is None, reason="no chromium or chrome on this machine")
 def test_in_a_browser(out, tmp_path):
-    """Keys, buttons, slider, list, curves and the choice of a source; nothing is fetched."""
+    """Keys, buttons, slider, list, curves and the choice of a source; no request is made."""
     page = write_view(out)
     data, _ = data_of(page)
     with Browser(tmp_path / "profile") as browser:
@@ -139,7 +139,7 @@ def test_in_a_browser(out, tmp_path):
             picture = browser.value("document.querySelector('#frame img')?.src ?? null")
             return int(facts["frame"]), facts, picture
 
-        # It starts at the most doubtful frame, with its picture.
+        # The page starts at the most doubtful frame.
         number, facts, picture = shown()
         assert number == 4
         assert facts["file"].endswith("v.avi")
@@ -163,7 +163,7 @@ def test_in_a_browser(out, tmp_path):
         assert shown()[1]["diameter_px"] == "-"
         browser.click("#back")
         assert shown()[0] == 10
-        # The list: lowest confidence first, n and p walk through it, a click goes there.
+        # The list is sorted by confidence; n, p and clicks select from it.
         listed = browser.value(
             "[...document.querySelectorAll('#doubtful b')].map(b => Number(b.textContent))"
         )
@@ -180,7 +180,7 @@ def test_in_a_browser(out, tmp_path):
         )
         browser.press("p")
         assert shown()[0] == 4
-        # One source: its curves run over time; a click into one goes to that moment.
+        # The curves of one source have a time axis; a click selects the frame at that time.
         assert browser.value("document.querySelectorAll('#source option').length") == 2
         browser.value(
             "(s => (s.selectedIndex = 1, s.dispatchEvent(new Event('change'))))"
