@@ -50,7 +50,7 @@ START, END = "<!-- python -m benchmarks.loader --write -->\n", "<!-- end of benc
 
 
 class Memcpy:
-    """Copies a batch's bytes into one reused buffer, once a batch of an epoch."""
+    """Copies the bytes of a batch into a reused buffer, once per batch of an epoch."""
 
     def __init__(self, samples: int, batch_size: int) -> None:
         self._batches = samples // batch_size
@@ -72,13 +72,13 @@ class Memcpy:
             yield self._buffer
 
 
-def ours(loader: Loader) -> Epoch:
-    """Returns an epoch of a loader of this project."""
+def epoch_of(loader: Loader) -> Epoch:
+    """Returns an epoch of a pupilseg loader."""
     return lambda: (tuple(getattr(batch, name) for name in FULL) for batch in loader)
 
 
 def rate(epoch: Epoch, samples: int, device: torch.device) -> float:
-    """Returns samples/s of an epoch, of which every batch is only drawn."""
+    """Returns samples/s of an epoch whose batches are drawn and not used."""
     started = time.perf_counter()
     drawn = sum(len(batch[0]) for batch in epoch())
     if device.type == "cuda":
@@ -88,7 +88,7 @@ def rate(epoch: Epoch, samples: int, device: torch.device) -> float:
 
 
 def checked(name: str, epoch: Epoch, pupil: int | None) -> None:
-    """Draws an epoch, which warms up, and compares what it gives with what a full batch is."""
+    """Draws an epoch, as a warm-up, and checks shapes, dtypes and the number of pupil pixels."""
     found = 0
     for image, label, weights, maps in epoch():
         shapes = [tuple(t.shape[1:]) for t in (image, label, weights, maps)]
@@ -120,10 +120,10 @@ def peer_epochs(
         try:
             make = prepare((shards.sample(i) for i in range(args.samples)), own)
         except ImportError as error:
-            mend = "benchmarks/peers.py says how" if prepare is ffcv else INSTALL
-            missing.append(f"{name}: {error}; {mend}")
+            hint = "see benchmarks/peers.py" if prepare is ffcv else INSTALL
+            missing.append(f"{name}: {error}; {hint}")
             continue
-        # The slowest by far has the form that it is known in, alone.
+        # The earlier way is by far the slowest: only its usual setting is measured.
         for workers in [2] if prepare is earlier and 2 in args.workers else args.workers:
             title = f"{name}, {_helpers(prepare, workers)}"
             loader = make(args.batch_size, workers)
@@ -133,7 +133,7 @@ def peer_epochs(
 
 
 def _helpers(prepare: object, workers: int) -> str:
-    """Returns what a peer works with beside the process that draws its batches."""
+    """Describes the workers of a peer."""
     if prepare is ffcv:
         return f"{workers} threads" if workers > 1 else "1 thread"
     return f"{workers} workers" if workers else "no workers"
@@ -142,7 +142,7 @@ def _helpers(prepare: object, workers: int) -> str:
 def table_of(
     shards: ShardSet, args: argparse.Namespace, device: torch.device, folder: Path
 ) -> list[str]:
-    """Measures on the CPU, and on a CUDA device if there is one; returns lines of Markdown."""
+    """Measures on the CPU, and on a CUDA device if it has one; returns lines of Markdown."""
     missing: list[str] = []
     packed = bytes_in(shards.directory) / len(shards)
     pupil = sum(int(shards.sample(i)["label"].sum()) for i in range(args.samples))
@@ -168,7 +168,7 @@ def table_of(
                 limit=args.samples,
                 **options,
             )
-            epochs[title], sizes[title] = ours(stack.enter_context(loader)), packed
+            epochs[title], sizes[title] = epoch_of(stack.enter_context(loader)), packed
         others, other_sizes = peer_epochs(shards, args, folder, missing)
         epochs, sizes = epochs | others, sizes | other_sizes
         for name, epoch in epochs.items():
@@ -177,8 +177,8 @@ def table_of(
         for _ in range(args.rounds):
             for name, epoch in epochs.items():
                 if name not in others:
-                    # Peers fork workers; each page that this process had written to is then copied
-                    # when it is next written to. What reuses its pages does so before it is timed.
+                    # Peers fork workers, after which this process copies each page at its next
+                    # write. An extra epoch does this before the timed one.
                     rate(epoch, args.samples, device)
                 rates[name].append(rate(epoch, args.samples, device))
     lines = [
@@ -203,7 +203,7 @@ def device_speeds(
 
     Returns:
         "resident" and "device copy": bytes read and written in the device's memory.
-        "stream" and "pinned copy": packed bytes over the bus, batch by batch.
+        "stream" and "pinned copy": encoded bytes over the bus, batch by batch.
     """
     layout = layout_of(shards, FULL)
     packed = layout.row_bytes * batch_size
@@ -251,7 +251,7 @@ def device_speeds(
                 started = time.perf_counter()
                 call()
                 torch.cuda.synchronize(target)
-                if turn:  # the first one compiles
+                if turn:  # the first turn compiles
                     found[name] = max(found[name], moved / (time.perf_counter() - started))
         return found
 
@@ -285,7 +285,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        # A fifth of the rendered frames is for validation.
+        # A fifth of the rendered frames is validation data.
         directory = ensure_shards(
             args.data_dir or Path(temporary) / "eyes",
             f"synthetic:{-(-args.samples * 5 // 4)}",

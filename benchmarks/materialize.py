@@ -1,11 +1,11 @@
-"""Speed of making shards: frames/s of a whole split, of its parts, and the earlier way's.
+"""Speed of writing shards: frames/s of a split, time of each step, and the earlier way.
 
 python -m benchmarks.materialize [--frames 1024] [--rounds 3]
 
-The frames are rendered eyes, 64 of them stored again and again in an OpenEDS folder. The earlier
-way is what RITnet and the data set's author do a frame: Canny and dilation, four exact distance
-transforms of SciPy, `cv2.fitEllipse`; its rows then go to parquet as lists. All take turns, so that
-a slow spell of the machine hits all of them.
+The data are 64 rendered eyes, stored repeatedly in an OpenEDS folder. The earlier way computes, for
+each frame, the same as RITnet and the author of the data set: Canny and dilation, four exact
+distance transforms with SciPy, and `cv2.fitEllipse`; it then writes the rows to parquet as lists.
+All take turns, so that slow periods of the machine affect all of them.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from pupilseg.sources import Dataset, Sample
 
 FLOAT_BYTES = 400 * 640 * (1 + 1 + 4 + 8)
-"""Of a sample as the earlier way holds it: image, label, float32 weights and two float32 maps."""
+"""Bytes per sample in the earlier way: image, label, float32 weights, two float32 maps."""
 
 
 def write_folder(root: Path, frames: int, different: int) -> None:
-    """Writes an OpenEDS folder: rendered frames, each stored several times under another name."""
+    """Writes an OpenEDS folder of rendered frames, each stored several times with new names."""
     for number in range(different):
         eye = render(number)
         encoded = cv2.imencode(".png", eye.image)[1].tobytes()
@@ -59,7 +59,7 @@ def write_folder(root: Path, frames: int, different: int) -> None:
 
 
 def earlier_maps(sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple]:
-    """Returns weights, both distance maps and an ellipse as the earlier way makes them."""
+    """Returns weights, both distance maps and an ellipse, computed the earlier way."""
     weights = cv2.dilate(cv2.Canny(sample.label * 255, 0, 3), (3, 3)) / 255 * 20
     both = []
     for cls in (0, 1):
@@ -78,7 +78,7 @@ def earlier_maps(sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple]:
 
 
 def earlier_parquet(path: Path, samples: list[Sample]) -> None:
-    """Writes the earlier way's rows, flattened lists as in revision B, without a Python list."""
+    """Writes rows of the earlier way: flat lists as in revision B, without Python lists."""
     rows = [(s.image, s.label, *earlier_maps(s)[:2]) for s in samples]
     columns = {}
     for place, name in enumerate(("image", "label", "spatial_weights", "dist_map")):
@@ -95,7 +95,7 @@ def build(dataset: Dataset, out: Path, workers: int) -> None:
 
 
 def parts(dataset: Dataset, shards_dir: Path, count: int) -> dict[str, Callable[[], object]]:
-    """Returns what a frame costs, part by part, each over `count` frames."""
+    """Returns the steps of the work, each for `count` frames."""
     samples = list(dataset.read("train", 0, count))
     with open_shards(shards_dir) as shards:
         stored = [shards.shards[0].row(row) for row in range(count)]
@@ -122,9 +122,9 @@ def parts(dataset: Dataset, shards_dir: Path, count: int) -> dict[str, Callable[
 
 
 def peak_memory(raw: Path, out: Path) -> tuple[float, float]:
-    """Builds with two workers; returns the largest resident MB of this process and of a worker."""
+    """Builds with two workers; returns peak resident MB of this process and of a worker."""
     build(open_dataset(raw), out, 2)
-    status = Path("/proc/self/status").read_text()  # not ru_maxrss: it remembers the parent's
+    status = Path("/proc/self/status").read_text()  # ru_maxrss includes the parent's
     own = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return int(own.split()[1]) / 1024, worker / 1024
@@ -133,13 +133,13 @@ def peak_memory(raw: Path, out: Path) -> tuple[float, float]:
 def main() -> None:
     """Measures and prints Markdown tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.materialize", description=__doc__)
-    parser.add_argument("--frames", type=int, default=1024, help="of the split (1024)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns (3)")
-    parser.add_argument("--dir", type=Path, help="where to write (default: the temporary folder)")
-    parser.add_argument("--different", type=int, default=64, help="of the frames (64)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames in the split (1024)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (3)")
+    parser.add_argument("--dir", type=Path, help="output folder (default: the temporary folder)")
+    parser.add_argument("--different", type=int, default=64, help="number of different frames (64)")
     args = parser.parse_args()
     cv2.setNumThreads(1)
-    different = min(args.different, args.frames, 64)  # what a shard holds
+    different = min(args.different, args.frames, 64)  # samples of a shard
     frames = args.frames
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         root = Path(folder)
@@ -178,7 +178,7 @@ def main() -> None:
         costs = parts(dataset, root / "train", different)
         spent = measure({name: (different, call) for name, call in costs.items()}, 5 * args.rounds)
         alone = measure({"four": (different, lambda: [earlier_maps(s) for s in few])}, args.rounds)
-        print("\n| part, one core | ms a frame: min / median | ")
+        print("\n| part, one core | ms per frame: min / median |")
         print("| --- | --- |")
         for name, found in (*spent.items(), ("earlier way, maps alone", alone["four"])):
             print(f"| {name} | {1e3 * min(found):.2f} / {1e3 * np.median(found):.2f} |")
@@ -186,7 +186,7 @@ def main() -> None:
         unpack = min(spent["decode distance maps"])
         checked = measure({"verify": (frames, lambda: verify(root / "train"))}, args.rounds)
         print(
-            f"\n{size / frames:,.0f} bytes a sample on disk, {FLOAT_BYTES:,} as float32; encode "
+            f"\n{size / frames:,.0f} bytes per sample on disk, {FLOAT_BYTES:,} as float32; encode "
             f"{FLOAT_BYTES / pack / 1e9:.2f} GB/s, decode of distance maps "
             f"{8 * 400 * 640 / unpack / 1e9:.2f} GB/s (of decoded bytes, one core); verify "
             f"{1 / min(checked['verify']):.0f} frames/s"
@@ -202,7 +202,7 @@ def main() -> None:
 def measure(
     work: dict[str, tuple[int, Callable[[], object]]], rounds: int
 ) -> dict[str, list[float]]:
-    """Returns seconds a frame of each round, all ways in turn, after one turn that is not timed."""
+    """Returns seconds per frame of each round, in turn, after a round that is not timed."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, (frames, call) in work.items():
