@@ -1,4 +1,4 @@
-"""A function that is killed: at a moment, or just before each change that it makes to files."""
+"""Kills a function after some time, or just before each change that it makes to files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SERVER = """
 import os, signal, sqlite3, sys, traceback
 from pathlib import Path
 
-# Python reports each of these just before it happens (PEP 578), with where in its arguments the
-# descriptor of a directory stands that the path is relative to (`shutil.rmtree` removes so).
+# Python reports these events just before they happen (PEP 578). The number is the position of the
+# argument that holds the descriptor of a directory; the path is relative to it in `shutil.rmtree`.
 CHANGES = {"open": None, "os.mkdir": 2, "os.remove": 1, "os.rename": 2, "os.rmdir": 1}
 
 
@@ -56,37 +56,37 @@ def kill_before(nth, folder):
     sys.addaudithook(hook)
 
 
-# Forked for each run, so that many of them pay for one start of the interpreter. Nothing but the
-# children ever does any work, so no library's threads are lost in the fork.
+# Each run is a fork, so that the interpreter starts and imports only once. This process does no
+# other work, so libraries have started no threads that a fork would lose.
 for line in iter(sys.stdin.readline, ""):
     nth, _, folder = line.strip().partition(" ")
     child = os.fork()
     if child == 0:
         status = 1
-        os.dup2(2, 1)  # what it prints is no answer
+        os.dup2(2, 1)  # stdout is for answers to the parent
         try:
             if int(nth):
                 kill_before(int(nth), folder)
             run(Path(folder))
             status = 0
         except BaseException:
-            traceback.print_exc()  # the process ends before anyone else could
+            traceback.print_exc()  # os._exit prints none
         finally:
             sys.stderr.flush()
             os._exit(status)
     print(child, flush=True)
-    sys.stdin.readline()  # until then an ended child keeps its number
+    sys.stdin.readline()  # until then the pid of an ended child is not reused
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
 class Victim:
-    """Runs `run(folder: Path)` again and again, each time in a fresh fork of one process.
+    """Runs `run(folder: Path)` repeatedly, each time in a new fork of one process.
 
     Args:
-        source: Python that defines `run`; what it imports is imported once.
-        env: its environment; None for this process's.
+        source: Python code that defines `run`; its imports are done once.
+        env: environment of the process; None for this process's.
     """
 
     def __init__(self, source, env=None):
@@ -100,15 +100,15 @@ class Victim:
         )
 
     def run(self, folder, *, before_change=0, after_s=None):
-        """Runs it once.
+        """Runs the function once.
 
         Args:
-            folder: what it is given.
-            before_change: it is killed just before its n-th change below the folder; 0 for never.
-            after_s: it is killed after so many seconds; None for never.
+            folder: its argument.
+            before_change: kill it just before its n-th change below the folder; 0 for never.
+            after_s: kill it after this many seconds; None for never.
 
         Returns:
-            Whether it came to its end, before the kill if there was to be one.
+            True if it ended by itself, False if it was killed.
         """
         print(before_change, folder, file=self._server.stdin, flush=True)
         child = int(self._server.stdout.readline())
@@ -121,10 +121,10 @@ class Victim:
         return code == 0
 
     def each_kill(self, parent):
-        """Kills it before its first change to files, in another folder before its second, ...
+        """Kills one run before its first change to files, the next before its second, and so on.
 
         Yields:
-            Each folder as the kill left it, until no kill came before the end.
+            The folder of each killed run, until a run makes fewer changes and ends by itself.
         """
         for number in count(1):
             folder = Path(parent) / f"kill-{number}"
