@@ -21,105 +21,114 @@ if TYPE_CHECKING:
 
 
 OUT = "found"
-"""Where predictions go that nobody gave a place to."""
+"""Default output directory."""
 
 
 def add_predict_commands(commands: Any) -> None:
-    """Adds the commands to those of `pupilseg`."""
+    """Adds the commands to the parser of `pupilseg`.
+
+    Args:
+        commands: the result of `ArgumentParser.add_subparsers`.
+    """
     predict = commands.add_parser(
         "predict",
         help="find the pupil in images, folders, videos, or a camera",
-        description="Writes OUT/pupil.csv (a row a frame, none left out), OUT/overlays (pictures; "
-        "of a video a video) and, if asked for, OUT/masks. Lengths are in the frame's own pixels. "
-        "Exit code 1 if something could not be read; the rest is done.",
+        description="Writes OUT/pupil.csv with one row per frame, OUT/overlays (images, or a video "
+        "for a video) and, with --masks, OUT/masks. Lengths are in pixels of the original frame. "
+        "If a file cannot be read, the others are predicted and the exit code is 1.",
     )
     predict.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
-        help="image, video, folder, pattern, or number of a camera (Ctrl-C ends it)",
+        help="image, video, folder, glob pattern, or camera number (stop a camera with Ctrl-C)",
     )
     predict.add_argument(
         "--out",
         type=Path,
-        help=f"directory for what is written (default: {OUT}; where that has something, {OUT}-2, "
-        "and so on)",
+        help=f"output directory (default: {OUT}, or {OUT}-2 and so on if that exists)",
     )
-    predict.add_argument("--masks", action="store_true", help="also write masks as PNG (0, 255)")
     predict.add_argument(
-        "--no-overlays", dest="overlays", action="store_false", help="write no pictures: quicker"
+        "--masks", action="store_true", help="also write masks, as PNG with values 0 and 255"
+    )
+    predict.add_argument(
+        "--no-overlays", dest="overlays", action="store_false", help="write no overlays (faster)"
     )
     predict.add_argument(
         "--skip-existing",
         action="store_true",
-        help="go on where an earlier run into OUT was stopped; finished files stay as they are",
+        help="resume an earlier run in OUT: files that it finished are skipped",
     )
     predict.add_argument(
         "--roi",
         metavar="X,Y,W,H",
-        help="look in this part of each frame only: first column, first row, width, height",
+        help="use only this part of each frame: first column, first row, width, height",
     )
     predict.add_argument(
         "--mm-per-px",
         type=_positive_number,
         metavar="MM",
-        help="size of a frame's pixel at the eye; adds the column diameter_mm",
+        help="size of a pixel at the eye in mm; adds the column diameter_mm",
     )
     predict.set_defaults(command=_predict)
 
     view = commands.add_parser(
         "view",
-        help="step through what predict found",
-        description="Writes DIR/view.html, one page that needs no other file and no network: "
-        "frames to step through, diameter and centre over time, lowest confidence first. Opens it.",
+        help="step through the results of predict",
+        description="Writes DIR/view.html, a self-contained page, and opens it. It shows frames, "
+        "diameter and center over time, and the frames with the lowest confidence.",
     )
-    view.add_argument("directory", type=Path, metavar="DIR", help="OUT of a `pupilseg predict`")
+    view.add_argument("directory", type=Path, metavar="DIR", help="OUT of a `pupilseg predict` run")
     view.add_argument(
-        "--no-open", dest="open", action="store_false", help="write the page, open no browser"
+        "--no-open", dest="open", action="store_false", help="write the page without opening it"
     )
     view.add_argument(
         "--pictures",
         type=positive_int,
         default=400,
-        help="most frames whose picture the page holds, doubtful ones first (default: %(default)s)",
+        help="maximum number of frames shown with an image (default: %(default)s)",
     )
     view.set_defaults(command=_view)
 
-    info = commands.add_parser("info", help="say what a model file holds")
+    info = commands.add_parser("info", help="describe a model file")
     info.add_argument("file", help=f"FILE.onnx, FILE.pt, FILE{SAFETENSORS}, or {', '.join(NAMES)}")
     info.set_defaults(command=_info)
 
-    bench = commands.add_parser("bench", help="measure milliseconds a frame on this machine")
-    bench.add_argument("file", nargs="?", default=DEFAULT, help="as --model of predict")
-    bench.add_argument("--repeats", type=positive_int, default=200, help="default: %(default)s")
+    model = f"FILE.onnx, or {', '.join(NAMES)} (default: %(default)s)"
+    bench = commands.add_parser("bench", help="measure milliseconds per frame on this machine")
+    bench.add_argument("file", nargs="?", default=DEFAULT, help=model)
+    bench.add_argument(
+        "--repeats", type=positive_int, default=200, help="timed calls (default: %(default)s)"
+    )
     bench.set_defaults(command=_bench)
 
-    predict.add_argument(
-        "--model", default=DEFAULT, help=f"FILE.onnx, or {', '.join(NAMES)} (default: %(default)s)"
-    )
+    predict.add_argument("--model", default=DEFAULT, help=model)
     for command in (predict, bench):
         command.add_argument(
-            "--threads", type=positive_int, default=1, help="of the network (default: %(default)s)"
+            "--threads",
+            type=positive_int,
+            default=1,
+            help="threads of the network (default: %(default)s)",
         )
 
 
 def _positive_number(text: str) -> float:
-    """Parses a finite number above 0, for argparse."""
+    """Parses a finite number above 0 for argparse."""
     value = float(text)
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return value
 
 
-def _default_out(*, going_on: bool) -> Path:
-    """Returns a directory without results of an earlier run, or the first to go on there."""
+def _default_out(*, resume: bool) -> Path:
+    """Returns the first default directory, or, unless resuming, the first that does not exist."""
     names = itertools.chain([OUT], (f"{OUT}-{number}" for number in itertools.count(2)))
-    free = (path for path in map(Path, names) if going_on or not path.exists())
+    free = (path for path in map(Path, names) if resume or not path.exists())
     return next(free)
 
 
 def _predict(args: argparse.Namespace) -> int:
-    """Finds pupils, and says how many."""
+    """Runs `pupilseg predict`."""
     from pupilseg.predict.journal import CSV_NAME
     from pupilseg.predict.predictor import Predictor
     from pupilseg.predict.roi import Roi
@@ -134,18 +143,17 @@ def _predict(args: argparse.Namespace) -> int:
         roi=None if args.roi is None else Roi.parse(args.roi),
     )
     predictor = Predictor(args.model, args.threads)
-    out = args.out or _default_out(going_on=args.skip_existing)
+    out = args.out or _default_out(resume=args.skip_existing)
     camera = any(path.isdecimal() and not Path(path).exists() for path in args.paths)
     until = finishing("this frame") if camera else contextlib.nullcontext(lambda: False)
     try:
         with until as stop:
             done = predict_paths(predictor, args.paths, out, options, stop=stop)
     except KeyboardInterrupt:
-        goes_on = f"--out {out} --skip-existing goes on behind them"
-        sys.stderr.write(f"finished files are kept; {goes_on}\n")
+        sys.stderr.write(f"finished files are kept; resume with --out {out} --skip-existing\n")
         raise
     rate = f" ({done.frames / done.seconds:.0f} frames/s)" if done.frames else ""
-    skipped = f", {done.skipped} files done before" if done.skipped else ""
+    skipped = f", {done.skipped} files skipped" if done.skipped else ""
     print(
         f"{done.frames} frames, {done.blinks} without a pupil, {len(done.failed)} failed{skipped}"
         f"{rate}: {out / CSV_NAME}"
@@ -154,7 +162,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _view(args: argparse.Namespace) -> int:
-    """Writes the page and opens it."""
+    """Runs `pupilseg view`."""
     import webbrowser
 
     from pupilseg.predict.view import write_view
@@ -168,7 +176,7 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    """Prints what a model file says of itself."""
+    """Runs `pupilseg info`."""
     file = model_path(args.file)
     if file.suffix in TORCH_SUFFIXES:
         lines = _checkpoint_lines(file)
@@ -183,7 +191,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _onnx_lines(file: Path) -> dict[str, Any]:
-    """Returns what an ONNX file says, by heading."""
+    """Returns heading -> text for an ONNX file."""
     from pupilseg.model_files.onnx import OUTPUTS, OnnxNetwork
 
     info = OnnxNetwork(file).info
@@ -192,7 +200,7 @@ def _onnx_lines(file: Path) -> dict[str, Any]:
     return {
         "model": f"{info.model} ({info.task}), written by pupilseg {info.version}",
         "parameters": "not recorded" if info.parameters is None else f"{info.parameters:,}",
-        "input": f"image: uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalised inside",
+        "input": f"image: uint8 (N, 1, {HEIGHT}, {WIDTH}), near infrared, normalized inside",
         "output": f"{output.name}: float32 (N, {shape})",
         "preprocessing": info.preprocessing,
         "data": info.data,
@@ -203,25 +211,25 @@ def _onnx_lines(file: Path) -> dict[str, Any]:
 
 
 def _confidence(calibration: Calibration | None) -> str:
-    """Says what a model's confidence means."""
+    """Describes a model's confidence."""
     from pupilseg.model_files.calibration import GOOD_PX
 
     if calibration is None:
         return "uncalibrated: a raw score; export with --calibrate SHARDS/validation"
     return (
         f"calibrated on {calibration.frames} frames of {calibration.data}: the probability that "
-        f"the centre is within {GOOD_PX:g} px"
+        f"the center is within {GOOD_PX:g} px"
     )
 
 
 def _checkpoint_lines(file: Path) -> dict[str, Any]:
-    """Returns what a checkpoint says, by heading."""
+    """Returns heading -> text for a checkpoint."""
     try:
         from pupilseg.model_files.checkpoint import load_model_and_card
         from pupilseg.models import model_entry
     except ImportError as error:
         raise UsageError(
-            f"{file} needs the package torch; run `pip install 'pupilseg[train]'`"
+            f"reading {file} needs torch; run: pip install 'pupilseg[train]'"
         ) from error
     network, card = load_model_and_card(file)
     entry = model_entry(card.model)
@@ -237,7 +245,7 @@ def _checkpoint_lines(file: Path) -> dict[str, Any]:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    """Measures and prints."""
+    """Runs `pupilseg bench`."""
     from pupilseg.predict.benchmark import measure
 
     _limit_threads(args.threads)
@@ -248,7 +256,7 @@ def _bench(args: argparse.Namespace) -> int:
             f"{found['total_p95_ms']:.2f} ms p95 (preprocessing, network, ellipse; no decoding)",
             "network": f"{found['network_median_ms']:.2f} ms median, "
             f"{found['network_p95_ms']:.2f} ms p95",
-            "measured on": f"{args.repeats} frames of {HEIGHT} x {WIDTH}, one a call, "
+            "measured on": f"{args.repeats} frames of {HEIGHT} x {WIDTH}, one per call, "
             f"{args.threads} thread{'s' if args.threads > 1 else ''}",
             "machine": found["machine"],
         }
@@ -257,7 +265,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _limit_threads(threads: int) -> None:
-    """Keeps OpenCV, which resizes and equalises, to as many threads as ONNX Runtime."""
+    """Limits OpenCV, which resizes and equalizes, to the same number of threads."""
     import cv2
 
     cv2.setNumThreads(threads)

@@ -1,4 +1,4 @@
-"""Headings and values as the commands print them."""
+"""Prints tables of headings and values."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def print_table(lines: dict[str, Any]) -> None:
-    """Prints headings and values; a mapping gets a line an entry."""
+    """Prints headings and values, one per line; a mapping as a value has one line per entry."""
     width = max(len(heading) for heading in lines) + 2
     for heading, value in lines.items():
         texts = [value]
         if isinstance(value, dict):
-            texts = [f"{k}: {_short(v)}" for k, v in value.items()] or ["none recorded"]
+            texts = [f"{k}: {_short(v)}" for k, v in value.items()] or ["not recorded"]
         for number, text in enumerate(texts):
             print(f"{'' if number else heading:<{width}}{text}")
 

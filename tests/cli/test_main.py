@@ -1,4 +1,4 @@
-"""The command `pupilseg`: what it prints, its exit codes, and no traceback for a user's mistake."""
+"""The command `pupilseg`: output, exit codes, and no traceback for a user's mistake."""
 
 import csv
 import logging
@@ -25,8 +25,8 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
-def logger_as_it_was():
-    """`main_program` gives the package's logger a handler; other tests read the log themselves."""
+def restored_logger():
+    """Restores the package's logger, to which `main_program` adds a handler."""
     logger = logging.getLogger("pupilseg")
     before = logger.handlers[:], logger.propagate, logger.level
     logger.handlers = []
@@ -61,20 +61,20 @@ def test_predict(model, image, tmp_path, capsys):
     assert (out / "masks" / "eye.png").is_file()
 
 
-def test_predict_goes_on_past_a_bad_file_and_says_so(model, image, tmp_path, capsys):
+def test_predict_reports_bad_files_and_continues(model, image, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths = [str(tmp_path / name) for name in ("bad.png", "eye.png", "gone.png")]
     out = tmp_path / "out"
     assert main(["predict", *paths, "--model", str(model), "--out", str(out)]) == 1
-    said = capsys.readouterr()
-    assert "1 frames, 0 without a pupil, 2 failed" in said.out
-    assert "bad.png is not an image" in said.err
-    assert "gone.png does not exist" in said.err
+    output = capsys.readouterr()
+    assert "1 frames, 0 without a pupil, 2 failed" in output.out
+    assert "bad.png is damaged, or not an image" in output.err
+    assert "gone.png does not exist" in output.err
     assert len((out / "pupil.csv").read_text().splitlines()) == 2
     assert not (out / "masks").exists()
 
 
-def test_predict_a_video_and_look_at_it(model, tmp_path, capsys, monkeypatch):
+def test_predict_and_view_a_video(model, tmp_path, capsys, monkeypatch):
     frames = [np.full((400, 640), 120, np.uint8) for _ in range(4)]
     for i in range(3):
         cv2.circle(frames[i], (300 + 20 * i, 200), 40, 20, -1)
@@ -92,7 +92,7 @@ def test_predict_a_video_and_look_at_it(model, tmp_path, capsys, monkeypatch):
     )
     assert float(rows[0]["diameter_mm"]) == pytest.approx(8, abs=0.1)
     assert main(words) == 0
-    assert "0 frames, 0 without a pupil, 0 failed, 1 files done before: " in capsys.readouterr().out
+    assert "0 frames, 0 without a pupil, 0 failed, 1 files skipped: " in capsys.readouterr().out
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     assert main(["view", out, "--no-open"]) == 0
@@ -105,10 +105,10 @@ def test_predict_a_video_and_look_at_it(model, tmp_path, capsys, monkeypatch):
 
 def test_info_of_each_form(model, tmp_path, capsys):
     assert main(["info", str(model)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("efficientvit_tiny", "7,481", "uint8 (N, 1, 400, 640)", "none", "valid_iou: 0.5"):
-        assert part in said
-    assert "uncalibrated" in said
+        assert part in output
+    assert "uncalibrated" in output
     fitted = Calibration(2.0, 1.0, 40, "eyes, validation").to_json()
     assert main(["info", str(threshold_onnx(tmp_path / "c.onnx", calibration=fitted))]) == 0
     assert "calibrated on 40 frames of eyes, validation" in capsys.readouterr().out
@@ -125,9 +125,9 @@ def test_info_of_each_form(model, tmp_path, capsys):
     )
     for name in ("m.pt", "m.safetensors"):
         assert main(["info", str(tmp_path / name)]) == 0
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         for part in ("9,933", "gamma0.8+clahe1.5", "synthetic:9@1", "valid_iou: 0.25", "MIT"):
-            assert part in said
+            assert part in output
 
 
 def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch, capsys):
@@ -137,32 +137,32 @@ def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch,
     for name in ("efficientvit_tiny", "ellipse"):
         (weights / f"{name}.onnx").write_bytes(model.read_bytes())
     monkeypatch.chdir(tmp_path)
-    for place in ("found", "found-2"):  # what is there stays
+    for place in ("found", "found-2"):  # an existing directory is kept
         assert main(["predict", str(image)]) == 0
         assert capsys.readouterr().out.strip().endswith(str(Path(place, "pupil.csv")))
     assert main(["predict", str(image), "--skip-existing"]) == 0
-    assert "1 files done before: found/pupil.csv" in capsys.readouterr().out
+    assert "1 files skipped: found/pupil.csv" in capsys.readouterr().out
     assert main(["info", "ellipse"]) == 0
     assert f"{weights / 'ellipse.onnx'} (" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_says_how_it_goes_on(model, image, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_prints_how_to_resume(model, image, tmp_path, monkeypatch, capsys):
     def interrupted(*_args, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pupilseg.predict.runner.predict_paths", interrupted)
-    (tmp_path / "found").mkdir()  # of an earlier run, which is not to be gone on with
+    (tmp_path / "found").mkdir()  # of an earlier run
     assert main(["predict", str(image), "--model", str(model)]) == 130
-    assert "; --out found-2 --skip-existing goes on behind them\n" in capsys.readouterr().err
+    assert "; resume with --out found-2 --skip-existing\n" in capsys.readouterr().err
 
 
 def test_bench(model, capsys):
     assert main(["bench", str(model), "--repeats", "5"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("ms median") == said.count("ms p95") == 2
-    assert "5 frames of 400 x 640" in said
-    assert "machine" in said
+    output = capsys.readouterr().out
+    assert output.count("ms median") == output.count("ms p95") == 2
+    assert "5 frames of 400 x 640" in output
+    assert "machine" in output
 
 
 def test_shards(tmp_path, capsys):
@@ -184,32 +184,36 @@ def test_shards(tmp_path, capsys):
     [
         ([], 2, "COMMAND"),
         (["predict"], 2, "required"),
-        (["predict", "x.png", "--model", "gone.onnx", "--out", "o"], 1, "error: there is no model"),
+        (
+            ["predict", "x.png", "--model", "gone.onnx", "--out", "o"],
+            1,
+            "error: the model file gone",
+        ),
         (["predict", "x", "--model", "m", "--out", "o", "--threads", "0"], 2, "0 is less than 1"),
         (["predict", "x", "--out", "o"], 2, "error: this build has no released weights 'micro'"),
         (["predict", "x", "--out", "o", "--model", "mirco"], 2, "nor one of: micro, efficientvit"),
         (["predict", "x", "--out", "o", "--roi", "1,2,3"], 2, "error: --roi is '1,2,3', expected"),
         (["predict", "x", "--out", "o", "--mm-per-px", "0"], 2, "0 is not a finite number above 0"),
         (["predict", "x", "--out", "o", "--mm-per-px", "nan"], 2, "nan is not a finite number"),
-        (["view", "gone"], 1, "error: there is no gone/pupil.csv; give the --out of a"),
+        (["view", "gone"], 1, "error: gone/pupil.csv does not exist; pass the --out of a"),
         (["view", "gone", "--pictures", "0"], 2, "0 is less than 1"),
         (["bench"], 2, "error: this build has no released weights 'micro'"),
-        (["info", "gone.onnx"], 1, "error: there is no model file gone.onnx"),
-        (["info", "gone.pt"], 1, "error: there is no file gone.pt"),
+        (["info", "gone.onnx"], 1, "error: the model file gone.onnx does not exist; make one with"),
+        (["info", "gone.pt"], 1, "error: gone.pt does not exist; train a model with"),
         (["info", "gone.zip"], 2, "error: gone.zip has the suffix '.zip'"),
-        (["bench", "gone.onnx"], 1, "error: there is no model file"),
+        (["bench", "gone.onnx"], 1, "error: the model file gone.onnx does not exist"),
         (["shards", "info", "gone"], 1, "error: gone has no manifest.json"),
         (["upload-run", "gone"], 1, "error: gone does not exist; expected a directory"),
-        (["upload-run", __file__], 1, "test_main.py is another file; expected a directory"),
+        (["upload-run", __file__], 1, "test_main.py is another kind of file; expected a directory"),
     ],
 )
 def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pupilseg.weights.WEIGHTS_DIR", tmp_path)  # a build without weights
     assert main(words) == code
-    said = capsys.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert message in output
+    assert "Traceback" not in output
     assert not list(tmp_path.iterdir())
 
 
