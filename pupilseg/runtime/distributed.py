@@ -9,21 +9,24 @@ or to shard, which is why this is simpler than DistributedDataParallel.
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+import socket
+import tempfile
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pupilseg.errors import ParallelError, UsageError
+from pupilseg.runtime.exchange import Exchange, connect_to_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +45,12 @@ class Ranks:
     Attributes:
         rank: of this process, counted from 0.
         world_size: number of processes.
+        exchange: sums CPU tensors over processes of one machine; without it, gloo does.
     """
 
     rank: int = 0
     world_size: int = 1
+    exchange: Exchange | None = None
 
     @property
     def first(self) -> bool:
@@ -58,6 +63,8 @@ class Ranks:
         Raises:
             ParallelError: another rank ended.
         """
+        if self.exchange is not None and not tensor.is_cuda:
+            return self.exchange.sum_(tensor)
         if self.world_size > 1:
             with _parallel_errors():
                 dist.all_reduce(tensor)
@@ -137,13 +144,31 @@ def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
     # gloo beside NCCL: messages about the host alone should not wait for the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=MESSAGE_TIMEOUT_S))
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    if not ranks.first:
-        logging.getLogger("pupilseg").setLevel(logging.WARNING)
     try:
-        yield ranks, device
+        with _exchange_of_job(device) as exchange:
+            ranks = Ranks(dist.get_rank(), dist.get_world_size(), exchange)
+            if not ranks.first:
+                logging.getLogger("pupilseg").setLevel(logging.WARNING)
+            yield ranks, device
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _exchange_of_job(device: torch.device) -> Generator[Exchange | None]:
+    """Connects the ranks of a CPU job on one machine through sockets; yields None otherwise."""
+    world_size = dist.get_world_size()
+    hosts: list[Any] = [None] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    if device.type != "cpu" or len(set(hosts)) > 1 or world_size == 1:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="pupilseg-") as own:
+        folders: list[Any] = [None] * world_size
+        dist.all_gather_object(folders, own)
+        sockets = connect_to_ranks(dist.get_rank(), world_size, Path(folders[0]), dist.barrier)
+    with closing(Exchange(dist.get_rank(), sockets)) as exchange:
+        yield exchange
 
 
 def _own_cuda(device: torch.device) -> torch.device:
@@ -172,76 +197,3 @@ def _parallel_errors() -> Generator[None]:
             f"({str(error).splitlines()[0]}); see its message above, then start the job again with "
             "--resume"
         ) from error
-
-
-def synchronize_norms(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """Makes batch norms use the statistics of the whole batch, over all ranks.
-
-    Weights, statistics and their names do not change.
-    """
-    if ranks.world_size == 1:
-        return model
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, RankedBatchNorm(child, ranks))
-    return model
-
-
-class RankedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all ranks, for the CPU.
-
-    torch's SyncBatchNorm raises an error for CPU tensors. Without shared statistics a CPU job of n
-    processes would learn something else than one process does, and the tests, which have no GPU,
-    could not show that data-parallel training equals training alone.
-
-    Every rank must have a batch of the same size.
-
-    Args:
-        norm: whose weights and statistics are copied.
-        ranks: the processes of the job.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def __init__(self, norm: nn.BatchNorm2d, ranks: Ranks) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum)
-        self.load_state_dict(norm.state_dict())
-        self._ranks = ranks
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalizes (N, C, H, W)."""
-        if not self.training:
-            return super().forward(x)
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        # float64, because the variance is computed as a difference of two squares.
-        mean, var = mean.double(), var.double()
-        moments = torch.stack([mean, var + mean.square()])
-        moments = _Sum.apply(moments, self._ranks) / self._ranks.world_size
-        mean, var = moments[0], moments[1] - moments[0].square()
-        with torch.no_grad():
-            count = x.numel() / x.shape[1] * self._ranks.world_size
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1)).float(), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt().float()
-        shift = self.bias - mean.float() * scale
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
-
-
-class _Sum(torch.autograd.Function):
-    """Sums a tensor over the ranks, and its gradient in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.sum_(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.sum_(gradient.clone()), None

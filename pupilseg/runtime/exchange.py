@@ -19,7 +19,8 @@ import numpy as np
 from pupilseg.errors import ParallelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -37,6 +38,33 @@ def connected_sockets(world_size: int) -> list[Sockets]:
     sockets: list[Sockets] = [{} for _ in range(world_size)]
     for first, second in combinations(range(world_size), 2):
         sockets[first][second], sockets[second][first] = socket.socketpair()
+    return sockets
+
+
+def connect_to_ranks(
+    rank: int, world_size: int, folder: Path, barrier: Callable[[], object]
+) -> Sockets:
+    """Returns this rank's sockets, for ranks that were started by another program.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks; all of them call this.
+        folder: the same existing directory for all ranks, for the names of the sockets.
+        barrier: waits until all ranks have called it.
+    """
+    sockets: Sockets = {}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / str(rank)))
+        listener.listen(world_size)
+        barrier()
+        for other in range(rank):
+            sockets[other] = socket.socket(socket.AF_UNIX)
+            sockets[other].connect(str(folder / str(other)))
+            sockets[other].sendall(rank.to_bytes(4, "big"))
+        for _ in range(rank + 1, world_size):
+            connection, _address = listener.accept()
+            sockets[int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")] = connection
+        barrier()
     return sockets
 
 

@@ -13,8 +13,9 @@ from pupilseg.errors import CheckpointError
 from pupilseg.model_files.card import UNKNOWN, Provenance
 from pupilseg.model_files.checkpoint import load_tensors, load_weights
 from pupilseg.models import create_model, model_entry
-from pupilseg.runtime.distributed import ALONE, Ranks, synchronize_norms
-from pupilseg.train.config import SPEED_ONLY
+from pupilseg.runtime.batch_norm import synchronize_norms
+from pupilseg.runtime.distributed import ALONE, Ranks
+from pupilseg.train.config import SPEED_ONLY, TrainConfig
 from pupilseg.train.losses import LOSSES, alpha_schedule
 from pupilseg.train.metrics import EpochMetrics, mean_iou
 from pupilseg.train.optim import (
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pupilseg.runtime.device import Timestamp
-    from pupilseg.train.config import TrainConfig
 
 STATE_FORMAT = 2
 
@@ -97,7 +97,7 @@ class TrainState:
         if initial is not None:
             load_weights(network, load_tensors(initial), initial)
         average = copy.deepcopy(network)
-        self.model = synchronize_norms(network, ranks, device)
+        self.model = synchronize_norms(network, ranks)
         self.parameters = list(self.model.parameters())
         self.average = WeightAverage(self.model, average, config.ema_decay)
 
@@ -110,14 +110,13 @@ class TrainState:
             fused=fused,
             foreach=not fused,
         )
-        mixed = device.type == "cuda" and config.amp
-        bfloat16 = mixed and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = autocast_dtype(config, device)
         self.autocast: dict[str, Any] = {
             "device_type": device.type,
-            "dtype": torch.bfloat16 if bfloat16 or not mixed else torch.float16,
-            "enabled": mixed,
+            "dtype": dtype or torch.bfloat16,
+            "enabled": dtype is not None,
         }
-        self.scaler = torch.amp.GradScaler(device.type, enabled=mixed and not bfloat16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # Except on CUDA, augmentation runs on the CPU.
         generator_device = device if device.type == "cuda" else "cpu"
         self.random = torch.Generator(generator_device).manual_seed(config.seed)
@@ -187,7 +186,7 @@ class TrainState:
 
     def identity(self) -> dict[str, Any]:
         """Returns the values that must be the same when a run is resumed."""
-        config: dict[str, Any] = json.loads(json.dumps(asdict(self.config)))
+        config = _as_json(self.config)
         for name in SPEED_ONLY:
             del config[name]
         return {**config, "steps": self.total_steps, **self.provenance.to_dict()}
@@ -200,7 +199,8 @@ class TrainState:
                 data set.
         """
         stored = read_state(path)
-        identity = json.loads(stored["run"])
+        # A field that did not exist when the file was written had its default.
+        identity = {**_as_json(TrainConfig()), **json.loads(stored["run"])}
         differences = [
             f"{key} is {identity.get(key)!r} in the file and {value!r} now"
             for key, value in self.identity().items()
@@ -225,6 +225,25 @@ class TrainState:
         self.epoch = stored["epoch"]
         self.step = stored["step"]
         return stored
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    """Returns a configuration as JSON stores it, with lists for tuples."""
+    stored: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return stored
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Returns the type of mixed precision; None to compute in float32."""
+    if not config.amp:
+        return None
+    if config.amp_dtype != "auto":
+        found: torch.dtype = getattr(torch, config.amp_dtype)
+        return found
+    if device.type != "cuda":
+        return None
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_names_and_values_do_not_change(compiled):
 
 
 def test_the_trial_run_has_no_side_effects():
-    """No gradients and no batch statistics; otherwise compiled runs would differ from eager ones."""
+    """No gradients and no batch statistics; compiled runs would differ from eager ones."""
     model = TokenMixing(1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     compile_network(model, torch.rand(2, 1, 8, 8), torch.sum, OFF, mode="default")

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pupilseg.errors import ParallelError, UsageError
-from pupilseg.runtime.distributed import ALONE, RankedBatchNorm, Ranks, synchronize_norms
+from pupilseg.runtime.batch_norm import RankedBatchNorm, synchronize_norms
+from pupilseg.runtime.distributed import ALONE, Ranks
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
 from tests.helpers.training import write_eyes
@@ -75,7 +76,7 @@ def test_a_single_process_communicates_with_none():
     assert not ALONE.any(False)
     assert ALONE.after_first(lambda: 5) == 5
     model = nn.Sequential(nn.BatchNorm2d(2))
-    assert type(synchronize_norms(model, ALONE, CPU)[0]) is nn.BatchNorm2d
+    assert type(synchronize_norms(model, ALONE)[0]) is nn.BatchNorm2d
 
 
 def test_batches_that_cannot_be_divided_are_refused():
@@ -92,7 +93,7 @@ def _normalize(ranks, image, upstream):
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.uniform_(-1, 1)
-    model = synchronize_norms(nn.Sequential(norm), ranks, CPU)
+    model = synchronize_norms(nn.Sequential(norm), ranks)
     image = image[ranks.rank :: ranks.world_size].clone().requires_grad_()
     out = model(image)
     (out * upstream[ranks.rank :: ranks.world_size]).sum().backward()
