@@ -85,7 +85,7 @@ def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None
     if len(encoded) >= MAX_BYTES:
         raise UsageError(
             f"{out} would take {len(encoded):,} bytes, the limit is {MAX_BYTES:,}; train a network "
-            "with smaller embed_dims"
+            "with smaller embed_dim"
         )
     parity = check_parity(encoded, model, str(model_file))
     with atomic_path(out) as temporary:

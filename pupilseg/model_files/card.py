@@ -16,7 +16,8 @@ FORMAT_VERSION = 1
 RENDERED_LICENSE = "MIT; trained on rendered eyes only"
 DATA_LICENSE = "bound by the license of its training data; OpenEDS is for research only"
 _OLD_KEYS = {"licence": "license"}
-"""Keys in files of earlier versions -> today's."""
+_OLD_ARGUMENTS = {"embed_dims": "embed_dim", "depths": "depth"}
+"""Names in files of earlier versions -> today's, of keys and of architecture arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ class ModelCard(Provenance):
                 f"{name} has format {stored.get('format')!r}, this version of pupilseg reads "
                 f"{FORMAT_VERSION}; upgrade pupilseg"
             )
-        values = renamed_keys(stored)
+        values = {_OLD_KEYS.get(key, key): value for key, value in stored.items()}
         del values["format"]
         known = {key: values.pop(key, None) for key in _TYPES}
         for key, value in known.items():
@@ -155,11 +156,9 @@ _TYPES: dict[str, type] = {
 """Type of each key of a stored description."""
 
 
-def renamed_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored description under today's keys; files of earlier versions have others."""
-    return {_OLD_KEYS.get(key, key): value for key, value in stored.items()}
-
-
 def _architecture(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a network's arguments; the lists of JSON become tuples again."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+    """Returns a network's arguments under today's names; JSON's lists become tuples again."""
+    return {
+        _OLD_ARGUMENTS.get(key, key): tuple(value) if isinstance(value, list) else value
+        for key, value in stored.items()
+    }

@@ -37,8 +37,8 @@ class Architecture:
     """Widths and forms of encoder and decoder; every network takes these as keyword arguments.
 
     Attributes:
-        embed_dims: channels of the three stages.
-        depths: sandwich blocks per stage.
+        embed_dim: channels of the three stages.
+        depth: sandwich blocks per stage.
         num_heads: attention heads per stage; each divides its embed_dim.
         ratios: expansion of the feed-forward parts per stage.
         kernel_sizes: depthwise kernel per stage.
@@ -50,8 +50,8 @@ class Architecture:
         decoder_dim: channels of the decoder.
     """
 
-    embed_dims: tuple[int, int, int] = (8, 16, 24)
-    depths: tuple[int, int, int] = (1, 1, 1)
+    embed_dim: tuple[int, int, int] = (8, 16, 24)
+    depth: tuple[int, int, int] = (1, 1, 1)
     num_heads: tuple[int, int, int] = (1, 1, 2)
     ratios: tuple[int, int, int] = (2, 2, 4)
     kernel_sizes: tuple[int, int, int] = (3, 5, 7)
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        dims = arch.embed_dims
+        dims = arch.embed_dim
         self.stem = nn.Sequential(
             ConvNorm(1, arch.stem_dim, 3, stride=2),
             nn.ReLU(),
@@ -106,7 +106,7 @@ def _halve(before: int, after: int, *, separable: bool) -> nn.Module:
 
 def _stage(arch: Architecture, index: int) -> nn.Module:
     """Returns the sandwich blocks of a stage; attention always runs over the 25 x 40 map."""
-    dim, heads = arch.embed_dims[index], arch.num_heads[index]
+    dim, heads = arch.embed_dim[index], arch.num_heads[index]
     stride = ATTENTION_STRIDES[index]
     return nn.Sequential(
         *(
@@ -116,7 +116,7 @@ def _stage(arch: Architecture, index: int) -> nn.Module:
                 arch.ratios[index],
                 arch.kernel_sizes[index],
             )
-            for _ in range(arch.depths[index])
+            for _ in range(arch.depth[index])
         )
     )
 
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        dims, dim = arch.embed_dims, arch.decoder_dim
+        dims, dim = arch.embed_dim, arch.decoder_dim
         self.top = ConvNorm(dims[2], dim)
         self.to_eighth = Fusion(dims[1], dim)
         self.to_quarter = Fusion(dims[0], dim)
@@ -223,7 +223,7 @@ class TinyEfficientViTMicro(TinyEfficientViTSeg):
     """
 
     defaults = Architecture(
-        embed_dims=(16, 16, 16),
+        embed_dim=(16, 16, 16),
         num_heads=(1, 1, 1),
         ratios=(1, 1, 1),
         kernel_sizes=(3, 3, 5),
@@ -241,4 +241,4 @@ class TinyEfficientViTBase(TinyEfficientViTSeg):
     twice the parameters take a third more time, not twice as much (docs/benchmarks.md).
     """
 
-    defaults = Architecture(embed_dims=(16, 32, 32), stem_dim=16)
+    defaults = Architecture(embed_dim=(16, 32, 32), stem_dim=16)

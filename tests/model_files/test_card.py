@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from dataclasses import fields
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.export.onnx import onnx_info
 from pupilseg.model_files.card import DATA_LICENSE, RENDERED_LICENSE, ModelCard, Provenance
-from pupilseg.model_files.checkpoint import load_model, read_card, read_initial_card
+from pupilseg.model_files.checkpoint import CARD_MEMBER, load_model, read_card, read_initial_card
 from pupilseg.shards import write_shards
 from pupilseg.train.config import TrainConfig
 from pupilseg.train.state import TrainState
@@ -21,7 +22,7 @@ from tests.helpers.checkpoints import ORIGIN, model_file
 from tests.helpers.fakes import FakeDataset
 from tests.helpers.paths import ROOT
 
-NARROW = {"embed_dims": (8, 8, 16)}
+NARROW = {"embed_dim": (8, 8, 16)}
 FULL = ModelCard(
     model="efficientvit_tiny",
     architecture=NARROW,
@@ -58,10 +59,26 @@ def test_a_card_stores_only_what_is_known():
     assert Provenance(data="x").to_dict() == {"data": "x"}
 
 
-def test_keys_of_earlier_versions_are_read():
-    old = stored()
+def test_names_of_earlier_versions_are_read():
+    old = stored(architecture={"embed_dims": [8, 8, 16]})
     old["licence"] = old.pop("license")
     assert ModelCard.from_dict(old, "m.pt") == FULL
+    old["architecture"] = {"depths": [1, 2, 1], "num_heads": [1, 1, 2], "decoder_dim": 8}
+    expected = {"depth": (1, 2, 1), "num_heads": (1, 1, 2), "decoder_dim": 8}
+    assert ModelCard.from_dict(old, "m.pt").architecture == expected
+
+
+def test_a_checkpoint_of_an_earlier_version_is_loaded(tmp_path):
+    """Its card as such a version wrote it, and weights that fit no default."""
+    path = model_file(tmp_path / "m.pt", architecture=NARROW)
+    old = {"format": 1, "model": "efficientvit_tiny", "architecture": {"embed_dims": [8, 8, 16]}}
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members[CARD_MEMBER] = json.dumps(old).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert load_model(path).card.architecture == NARROW
 
 
 @pytest.mark.parametrize(
@@ -167,7 +184,7 @@ def test_a_script_starts_from_a_file_and_resume_needs_the_same_file(tmp_path):
     done = train("--init", start)
     assert done.returncode == 0, done.stderr
     card = read_card(tmp_path / "out" / "best_efficientvit_tiny_model.pt")
-    assert card.architecture["embed_dims"] == NARROW["embed_dims"]
+    assert card.architecture["embed_dim"] == NARROW["embed_dim"]
     assert card.init_data == "synthetic:9@1"
     assert card.license == DATA_LICENSE
     again = train("--resume")

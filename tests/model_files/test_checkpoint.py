@@ -73,7 +73,7 @@ def test_round_trip_is_exact(tmp_path, name):
 
 
 def test_architecture_comes_back_with_its_tuples(tmp_path):
-    architecture = {"embed_dims": (8, 8, 8), "num_heads": (1, 1, 1), "decoder_dim": 8}
+    architecture = {"embed_dim": (8, 8, 8), "num_heads": (1, 1, 1), "decoder_dim": 8}
     model = network("efficientvit", **architecture)
     card = ModelCard(model="efficientvit", architecture=architecture)
     save_model(tmp_path / "m.pt", plain_state_dict(model), card)
@@ -258,7 +258,8 @@ def test_another_format_version_asks_for_an_upgrade(saved):
     [
         {"model": "unet"},
         {"architecture": {"embed_dim": 3}},
-        {"architecture": {"embed_dims": [9, 9, 9], "num_heads": [2, 2, 2]}},
+        {"architecture": {"channels": 3}},
+        {"architecture": {"embed_dim": [9, 9, 9], "num_heads": [2, 2, 2]}},
         {"architecture": {"decoder_dim": "eight"}},
     ],
     ids=str,

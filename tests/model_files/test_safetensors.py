@@ -20,7 +20,7 @@ from pupilseg.train.state import TrainState
 
 CARD = ModelCard(
     model="efficientvit_tiny",
-    architecture={"embed_dims": (8, 8, 16)},
+    architecture={"embed_dim": (8, 8, 16)},
     preprocessing="none",
     data="synthetic:9@1",
     license=RENDERED_LICENSE,
@@ -32,7 +32,7 @@ CARD = ModelCard(
 def released(tmp_path, monkeypatch):
     """A package that has released weights of one network."""
     torch.manual_seed(3)
-    model = create_model("efficientvit_tiny", embed_dims=(8, 8, 16))
+    model = create_model("efficientvit_tiny", embed_dim=(8, 8, 16))
     path = tmp_path / "weights" / "efficientvit_tiny.safetensors"
     write_safetensors(path, plain_state_dict(model), CARD)
     monkeypatch.setattr(pretrained, "WEIGHTS_DIR", path.parent)

@@ -217,7 +217,7 @@ def test_logits_are_two_halves_of_one_number():
 
 def test_architecture_can_be_overridden():
     model = create_model(
-        "efficientvit", embed_dims=(8, 8, 8), depths=(1, 2, 1), num_heads=(1, 2, 4)
+        "efficientvit", embed_dim=(8, 8, 8), depth=(1, 2, 1), num_heads=(1, 2, 4)
     )
     assert run(model, images(1)).shape == (1, 2, 400, 640)
 
@@ -232,8 +232,8 @@ def test_unknown_model_names_those_there_are_and_the_nearest():
 
 
 def test_unknown_argument_is_named():
-    with pytest.raises(UsageError, match="embed_dim"):
-        create_model("efficientvit", embed_dim=3)
+    with pytest.raises(UsageError, match="'channels'"):
+        create_model("efficientvit", channels=3)
 
 
 def test_heads_that_do_not_divide_the_channels_are_refused():

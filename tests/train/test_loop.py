@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -131,6 +132,22 @@ def test_augmentation_has_an_effect_and_can_be_disabled(loaders, tmp_path):
         for augment in (None, AugmentConfig(), AugmentConfig(flip=0))
     }
     assert len(set(losses.values())) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_precision_trains_on_a_cpu_too(one_step, tmp_path, dtype):
+    config = {"model": "efficientvit_tiny", "epochs": 2, "lr": LR, "augment": None}
+    exact = train(one_step, tmp_path / "exact", **config).history
+    mixed = train(one_step, tmp_path / "mixed", **config, amp_dtype=dtype).history
+    for expected, row in zip(exact, mixed, strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.05)
+        assert row["train_loss"] != expected["train_loss"]
+
+
+def test_training_on_a_cpu_warns_once_with_the_time_of_an_epoch(loaders, tmp_path, caplog):
+    train(loaders, tmp_path, model="efficientvit_tiny", epochs=2)
+    (warning,) = [r.message for r in caplog.records if "training on a CPU" in r.message]
+    assert re.search(r"an epoch takes about \d+ (s|min), plus validation; a GPU is faster", warning)
 
 
 # Golden losses
@@ -572,5 +589,5 @@ def test_an_output_that_cannot_be_written_is_named(one_step, tmp_path):
 
 
 def test_the_configuration_can_be_stored_as_json():
-    config = replace(TrainConfig(), architecture={"embed_dims": (8, 8, 8)})
+    config = replace(TrainConfig(), architecture={"embed_dim": (8, 8, 8)})
     assert json.loads(json.dumps(asdict(config)))["augment"]["flip"] == 0.5
