@@ -43,10 +43,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """An MLflow server; who kills it starts it again."""
+    """An MLflow server, one per session: it takes seconds to start."""
     from tests.helpers.mlflow_server import Server
 
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture
+def gate(server):
+    """An address of the server that can hang, lose responses and refuse connections."""
+    from tests.helpers.mlflow_server import Gate
+
+    gate = Gate(server.port)
+    yield gate
+    gate.kill()

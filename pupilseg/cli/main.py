@@ -24,18 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: without the program's name; None takes `sys.argv`.
 
     Returns:
-        0 done; 1 data, disk, or a file of several that could not be read; 2 a request that cannot
-        be met; 130 interrupted.
+        0 success; 1 an error in data, disk or network, or an unreadable file among several; 2 an
+        invalid request; 130 interrupted.
     """
     try:
         main_program(lambda: _command(argv))
-    except SystemExit as end:  # how `main_program` and argparse hand over the code
+    except SystemExit as end:  # raised by `main_program` and argparse
         return int(end.code or 0)
 
 
 def _command(argv: Sequence[str] | None) -> int:
-    """Parses the arguments and runs what they ask for."""
-    # What is wrong with a file we say ourselves; OpenCV reads these when it is imported.
+    # pupilseg reports errors in files itself. OpenCV reads these variables when it is imported.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     args = _parser().parse_args(argv)
@@ -44,7 +43,6 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="pupilseg", description="Find the pupil in near-infrared eye images."
     )
@@ -56,30 +54,24 @@ def _parser() -> argparse.ArgumentParser:
 
     upload = commands.add_parser(
         "upload-run",
-        help="send to MLflow what it missed of a training run",
-        description="Sends what an MLflow server that was down missed of training runs (numbers, "
-        "files, status), and removes the files that held it. What the server has is not sent "
-        "again. Set MLFLOW_TRACKING_URI if the server has another address now.",
+        help="send to MLflow what it lacks of a training run",
+        description="Compares training runs with their MLflow server, sends the metrics, files and "
+        "status that it lacks because it was down or the process was killed, and closes the runs. "
+        "Set MLFLOW_TRACKING_URI if the server has another address now.",
     )
     upload.add_argument(
-        "path", type=Path, help="directory with checkpoints, or a *_mlflow.jsonl in one"
+        "path", type=Path, help="directory with checkpoints, or a *_mlflow_run.json in one"
     )
     upload.set_defaults(command=_upload_run)
     return parser
 
 
 def _upload_run(args: argparse.Namespace) -> int:
-    """Sends what a server missed, and says what that was."""
     from pupilseg.tracking.upload import upload
 
-    done = upload(args.path, os.environ.get("MLFLOW_TRACKING_URI"))
-    for sent in done:
-        print(
-            f"run {sent.run_id} ({sent.name}) at {sent.uri}: {sent.epochs} epochs and "
-            f"{sent.artifacts} files sent"
-        )
-    if not done:
-        print(f"{args.path}: nothing left to send")
+    lines = upload(args.path, os.environ.get("MLFLOW_TRACKING_URI"))
+    for line in lines or [f"{args.path}: nothing left to send"]:
+        print(line)
     return 0
 
 

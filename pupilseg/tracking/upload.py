@@ -1,129 +1,65 @@
-"""Sends what an MLflow server missed of training runs, after they ended."""
+"""Sends to an MLflow server what it lacks of training runs that have ended."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from pupilseg.errors import DataError
 from pupilseg.tracking.mlflow import (
-    MlflowRun,
-    NoAnswerError,
     RefusedError,
     TrackingError,
+    finish_run,
+    load_mlflow,
     without_password,
 )
-from pupilseg.tracking.outbox import send
-from pupilseg.tracking.spool import SPOOL_SUFFIX, Spool
-from pupilseg.tracking.tracker import load_mlflow, upload_command
+from pupilseg.tracking.record import RECORD_SUFFIX, RunRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pupilseg.tracking.spool import SpooledRun
 
+def upload(path: Path, uri: str | None = None) -> list[str]:
+    """Compares training runs with an MLflow server, sends what it lacks, and closes them.
 
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """What was sent of a run.
-
-    Attributes:
-        run_id: of the run.
-        uri: of the server.
-        name: of the run.
-        epochs: how many epochs' numbers.
-        artifacts: how many files.
-    """
-
-    run_id: str
-    uri: str
-    name: str
-    epochs: int
-    artifacts: int
-
-
-def upload(path: Path, uri: str | None = None) -> list[Uploaded]:
-    """Sends what an MLflow server missed of training runs, and closes them; removes what is done.
-
-    What the server already has is not sent again. A run whose process was killed is closed as
-    KILLED.
+    A run whose process was killed is closed as KILLED.
 
     Args:
-        path: file that `tracking.start` made, or a directory that holds such files.
-        uri: of the server to send to; None takes that of the run.
+        path: a record that training wrote, or a directory that holds records.
+        uri: the server to send to; None takes the one in the record.
 
     Returns:
-        The runs; none where a directory holds nothing to be sent.
+        One line of text for each run of which something was missing.
 
     Raises:
         UsageError: mlflow is not installed.
-        DataError: there is no such file, or it is of another kind.
-        LockedError: a run under way writes to it.
-        TrackingError: a server does not answer, does not know a run, or refuses a part. What it
-            took is noted, so that a second call sends the rest.
+        DataError: `path` does not exist, or is another kind of file.
+        LockedError: the run is still in progress.
+        TrackingError: a server does not respond, does not have a run, or did not accept a part.
+            A second call sends the rest.
     """
-    if not path.is_dir() and not (path.is_file() and path.name.endswith(SPOOL_SUFFIX)):
+    if not path.is_dir() and not (path.is_file() and path.name.endswith(RECORD_SUFFIX)):
         raise DataError(
-            f"{path} {'is another file' if path.exists() else 'does not exist'}; expected a "
-            f"directory with checkpoints, or a file in it that ends in {SPOOL_SUFFIX} (and is "
-            "removed when all of it was sent)"
+            f"{path} {'is another kind of file' if path.exists() else 'does not exist'}; expected "
+            f"a directory with checkpoints, or a file in it that ends in {RECORD_SUFFIX}"
         )
-    files = sorted(path.glob(f"*{SPOOL_SUFFIX}")) if path.is_dir() else [path]
+    files = sorted(path.glob(f"*{RECORD_SUFFIX}")) if path.is_dir() else [path]
     if files:
-        load_mlflow("a run is to be sent to MLflow", "run this where it is")
+        load_mlflow("uploading a run needs mlflow", "run this on the machine that has it")
     done, problems = [], []
     for file in files:
-        spool = Spool(file)
-        try:
-            for run in spool.unfinished():
-                try:
-                    done.append(_upload_run(spool, run, uri or run.uri))
-                except RefusedError as error:
-                    problems.append(str(error))
-        finally:
-            spool.close()
+        with closing(RunRecord(file)) as record:
+            server = uri or record.run.uri
+            try:
+                sent = finish_run(record, server)
+            except RefusedError as error:
+                problems.append(str(error))
+                continue
+            if sent.epochs or sent.files or sent.closed:
+                done.append(
+                    f"run {record.run.run_id} ({record.run.name}) at {without_password(server)}: "
+                    f"{len(sent.epochs)} epochs and {sent.files} files sent"
+                )
     if problems:
         raise TrackingError("\n".join(problems))
     return done
-
-
-def _upload_run(spool: Spool, run: SpooledRun, uri: str) -> Uploaded:
-    """Sends what is pending of a run.
-
-    Raises:
-        NoAnswerError: the server is gone.
-        RefusedError: the server does not know the run, or refused a part.
-    """
-    shown = without_password(uri)
-    try:
-        server = MlflowRun.find(uri, run.id)
-        if server is None:
-            raise RefusedError(
-                f"MLflow at {shown} has no run {run.id} ({run.name}, recorded at {run.uri}); if it "
-                f"is another server, set MLFLOW_TRACKING_URI; if the run was deleted, restore it "
-                f"with `mlflow runs restore --run-id {run.id}`, or give it up by deleting "
-                f"{spool.path}"
-            )
-        records = spool.pending(run.id)
-        if not run.ended and not any(record.kind == "end" for record in records):
-            spool.add(run.id, "end", run.last_ms, {"status": "KILLED"})
-            records = spool.pending(run.id)
-        refused = send(server, spool, check_files=True)
-    except NoAnswerError as error:
-        raise NoAnswerError(
-            f"MLflow at {shown} does not answer ({error}); nothing is lost: start it, or set "
-            f"MLFLOW_TRACKING_URI, and run `{upload_command(spool.path)}` again"
-        ) from error
-    if refused:
-        raise RefusedError(
-            f"MLflow at {shown} has run {run.id}, but not all of it: {'; '.join(refused)}; mend "
-            f"that and run `{upload_command(spool.path)}` again, or give it up by deleting "
-            f"{spool.path}"
-        )
-    epochs = {record.data["step"] for record in records if record.kind == "epoch"}
-    files = {
-        (record.data["folder"], record.data["file"])
-        for record in records
-        if record.kind == "artifact"
-    }
-    return Uploaded(run.id, shown, run.name, len(epochs), len(files))

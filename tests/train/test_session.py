@@ -14,7 +14,7 @@ from pupilseg.errors import CheckpointError
 from pupilseg.model_files.checkpoint import load_model, read_card
 from pupilseg.models import list_models
 from pupilseg.train.state import notes_of
-from tests.helpers.mlflow_server import Server
+from tests.helpers.mlflow_server import START_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
 from tests.helpers.training import write_eyes
@@ -43,7 +43,7 @@ def rendered(tmp_path_factory):
     out = path.parent / "checkpoints"
     done = run(
         *(SCRIPTS["efficientvit_tiny"], "--data-dir", path, "--dataset", SYNTHETIC),
-        *("--output-dir", out, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
+        *("--checkpoint-dir", out, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
     )
     assert done.returncode == 0, done.stderr
     return path, out, done
@@ -95,12 +95,17 @@ def test_a_second_run_needs_no_source(rendered, tmp_path, name):
 
 @pytest.mark.integration
 def test_a_pipeline_stage_and_a_script_write_the_same_bytes(rendered, tmp_path):
+    """Whatever the number of loading threads; `--no-mlflow` ignores the environment."""
     path, out, _ = rendered
     done = run(
         *("-m", "pipeline.train", "--model", "efficientvit_tiny", "--shards", path / "shards"),
         *("--out", tmp_path, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
+        *("--num-workers", "1", "--no-mlflow"),
+        env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_EXPERIMENT_ID": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert "--num-workers 1: data are loaded by 1 threads" in done.stderr
+    assert "MLflow" not in done.stderr
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in tmp_path.iterdir())
     for file in out.iterdir():
         if "training_state" not in file.name:
@@ -133,7 +138,12 @@ def train_line(shards, out, *flags, model="efficientvit"):
 
 
 def environment(server, experiment):
-    return {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_EXPERIMENT_ID": experiment}
+    """Enables tracking, with a timeout that no request reaches on a busy machine."""
+    return {
+        "MLFLOW_TRACKING_URI": server.uri,
+        "MLFLOW_EXPERIMENT_ID": experiment,
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(START_SECONDS),
+    }
 
 
 def client_of(server):
@@ -173,7 +183,7 @@ def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, de
     assert len(params["data_digest"]) == 64
     terms = ("loss", "iou", "pupil_iou", "ce_loss", "dice_loss", "surface_loss")
     names = [f"{split}_{term}" for split in ("train", "valid") for term in terms]
-    for name in [*names, "lr", "alpha"]:
+    for name in [*names, "lr", "alpha", "train_seconds", "valid_seconds"]:
         history = client.get_metric_history(found.info.run_id, name)
         assert [point.step for point in history] == [1, 2, 3], name
     there = artifacts(client, found.info.run_id)
@@ -191,7 +201,10 @@ def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, de
     )
     assert Path(best).read_bytes() == (out / "best_efficientvit_model.pt").read_bytes()
     assert notes_of(out / "efficientvit_training_state.pt") == {"mlflow_run": found.info.run_id}
-    assert not list(out.glob("*_mlflow.jsonl"))  # all is confirmed
+    record = json.loads((out / "efficientvit_mlflow_run.json").read_text())
+    assert record["closed"]
+    assert all(file["sent"] == file["sha256"] for file in record["files"].values())
+    assert not list(out.glob(".*"))
 
 
 @pytest.mark.integration
@@ -213,37 +226,28 @@ def test_a_killed_run_resumes_in_the_same_mlflow_run(server, shards, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(shards, tmp_path):
+def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(server, gate, shards, tmp_path):
     """The run finishes normally, and one command uploads the missing data."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    server = Server(folder)
-    server.start()
-    try:
-        experiment = client_of(server).create_experiment("dies")
-        out, model = tmp_path / "out", "efficientvit_tiny"
-        line = train_line(shards, out, "--epochs", "14", model=model)
-        env = {**os.environ, **environment(server, experiment)}
-        with Program([sys.executable, *line], ROOT, env) as program:
-            program.wait_for("epoch   2/")
-            server.kill()
-            code, text = program.end(timeout_s=300)
-        assert code == 0, text
-        assert "best: " in text
-        assert text.count("training does not wait for it") == 1, text
-        assert f"pupilseg upload-run {out}" in text
-        assert (out / f"best_{model}_model.pt").exists()
-        server.start()
-        sent = run("-m", "pupilseg.cli.main", "upload-run", out)
-        assert sent.returncode == 0, sent.stderr
-        client = client_of(server)
-        found = only_run(client, experiment)
-        assert found.info.status == "FINISHED"
-        history = client.get_metric_history(found.info.run_id, "valid_iou")
-        assert [point.step for point in history] == list(range(1, 15))
-        assert "curves.png" in artifacts(client, found.info.run_id)
-    finally:
-        server.kill()
+    client = client_of(server)
+    experiment = client.create_experiment("dies")
+    out, model = tmp_path / "out", "efficientvit_tiny"
+    line = train_line(shards, out, "--epochs", "3", model=model)
+    gate.fatal = b"valid_iou"  # dies when the first metrics arrive
+    done = run(*line, env=environment(gate, experiment))
+    assert done.returncode == 0, done.stderr
+    assert "best: " in done.stdout
+    assert done.stderr.count("training continues without it") == 1, done.stderr
+    assert f"`pupilseg upload-run {out / model}_mlflow_run.json`" in done.stderr
+    assert (out / f"best_{model}_model.pt").exists()
+    assert only_run(client, experiment).info.status == "RUNNING"
+    gate.revive()
+    sent = run("-m", "pupilseg.cli.main", "upload-run", out)
+    assert sent.returncode == 0, sent.stderr
+    found = only_run(client, experiment)
+    assert found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, "valid_iou")
+    assert [point.step for point in history] == [1, 2, 3]
+    assert "curves.png" in artifacts(client, found.info.run_id)
 
 
 def test_a_damaged_state_is_reported_before_tracking_starts(tmp_path):
