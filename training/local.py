@@ -36,6 +36,7 @@ def main(model: str) -> int:
     )
     parser.add_argument(
         "--output-dir",
+        "--checkpoint-dir",
         type=Path,
         default=Path("checkpoints"),
         help="directory for the checkpoints (default: ./checkpoints)",

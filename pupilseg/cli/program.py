@@ -81,6 +81,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """Parses a whole number of at least 0; an argparse type."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 @contextmanager
 def finishing(what: str) -> Generator[Callable[[], bool]]:
     """Makes the first Ctrl-C a request to stop; a second one interrupts as usual.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from pupilseg.weights import initial_path
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 def run_training(
@@ -53,6 +56,12 @@ def run_training(
         shards = ranks.after_first(find_shards)
         if device.type == "cpu":
             keep_freed_memory()
+        if args.num_workers is not None:
+            log.info(
+                "--num-workers %d: data are loaded by %s; there are no worker processes",
+                args.num_workers,
+                f"{args.num_workers} threads" if args.num_workers else "the training thread",
+            )
         with finishing("this epoch") as stop:
             result = train(
                 config,
@@ -63,6 +72,8 @@ def run_training(
                 initial=initial,
                 resume=resume,
                 limit=args.limit,
+                threads=args.num_workers,
+                track=args.mlflow,
                 on_epoch=lambda row: print_line(epoch_line(row, config.epochs)),
                 stop=stop,
             )

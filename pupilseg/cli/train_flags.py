@@ -13,7 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pupilseg.augment.config import AugmentConfig
-from pupilseg.cli.program import positive_int
+from pupilseg.cli.program import positive_int, whole_number
 from pupilseg.train.config import TrainConfig
 from pupilseg.weights import PRETRAINED
 
@@ -43,7 +43,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_start_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that choose initial weights and frames."""
+    """Adds the flags besides the configuration that containers accept too."""
     parser.add_argument(
         "--init",
         type=Path,
@@ -53,6 +53,19 @@ def add_start_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit", type=positive_int, metavar="N", help="use the first N frames of each split"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=whole_number,
+        metavar="N",
+        help="threads that load data; there are no worker processes, and 0 loads in the training "
+        "thread (default: as many as torch uses, at most 4)",
+    )
+    parser.add_argument(
+        "--no-mlflow",
+        dest="mlflow",
+        action="store_false",
+        help="do not track the run, even if the MLFLOW_* variables are set",
     )
 
 
@@ -80,7 +93,9 @@ def _option_fields() -> list[Field[Any]]:
 
 
 def _add_flag(group: Any, name: str, hint: Any, field: Field[Any]) -> None:
-    flag = f"--{name.replace('_', '-')}"
+    flags = [f"--{name.replace('_', '-')}"]
+    if field.metadata.get("alias"):
+        flags.append(field.metadata["alias"])
     kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
     default = field.default
     if kind is bool:
@@ -88,9 +103,11 @@ def _add_flag(group: Any, name: str, hint: Any, field: Field[Any]) -> None:
     default = field.metadata.get("shown_default") or default
     text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
     if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    else:
-        group.add_argument(flag, type=kind, metavar="N" if kind is int else "X", help=text)
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
+        return
+    choices = field.metadata.get("choices")
+    metavar = None if choices else {int: "N", float: "X"}[kind]
+    group.add_argument(*flags, dest=name, type=kind, choices=choices, metavar=metavar, help=text)
 
 
 def config_from(args: argparse.Namespace, model: str) -> TrainConfig:

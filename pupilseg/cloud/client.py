@@ -73,6 +73,7 @@ def parse_training(
     )
     modal_only.add_argument(
         "--output-dir",
+        "--checkpoint-dir",
         type=Path,
         default=Path("checkpoints"),
         help="local directory for the checkpoints and the ONNX file (default: ./checkpoints)",

@@ -6,21 +6,17 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pupilseg.errors import PupilSegError
 from pupilseg.evaluate.plots import read_history, training_curves
 from pupilseg.files import atomic_path
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.model_files.checkpoint import load_model
+from pupilseg.model_files.opening import open_model
 from pupilseg.pictures import compare, sheet, write_image
-from pupilseg.train.metrics import predicted_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from pupilseg.shards.reader import ShardSet
 
@@ -77,14 +73,11 @@ def _write_onnx(model_file: Path, validation: ShardSet, path: Path) -> None:
 
 def _write_predictions(model_file: Path, validation: ShardSet, path: Path) -> None:
     """Draws outlines of label (green) and prediction (red) on frames spread over the split."""
-    model = load_model(model_file)
     count = min(SAMPLES, len(validation))
-    tiles = []
-    for index in np.linspace(0, len(validation) - 1, count).round().astype(int):
-        sample = validation.sample(int(index))
-        image: NDArray[np.uint8] = np.array(sample["image"])
-        pixels = torch.from_numpy(image)[None, None].float() / 127.5 - 1
-        with torch.no_grad():
-            mask = predicted_mask(model(pixels))[0].numpy()
-        tiles.append(compare(image, np.asarray(sample["label"]), mask))
+    indices = np.linspace(0, len(validation) - 1, count).round().astype(int)
+    samples = [validation.sample(int(index)) for index in indices]
+    images = np.stack([sample["image"] for sample in samples])
+    labels = [sample["label"] for sample in samples]
+    masks = open_model(model_file, "cpu").masks(images)
+    tiles = [compare(*parts) for parts in zip(images, labels, masks, strict=True)]
     write_image(path, sheet(tiles, (WIDTH, HEIGHT)))

@@ -56,6 +56,8 @@ def _option(
     text: str,
     check: Check | None = None,
     *,
+    alias: str | None = None,
+    choices: tuple[str, ...] | None = None,
     shown_default: str | None = None,
     cuda: bool = False,
 ) -> Any:
@@ -65,10 +67,19 @@ def _option(
         default: of the field.
         text: help text.
         check: on the value.
+        alias: another name of the flag.
+        choices: the valid values.
         shown_default: replaces the default in the help text.
         cuda: the flag is listed under "CUDA performance".
     """
-    metadata = {"help": text, "check": check, "shown_default": shown_default, "cuda": cuda}
+    metadata = {
+        "help": text,
+        "check": check,
+        "alias": alias,
+        "choices": choices,
+        "shown_default": shown_default,
+        "cuda": cuda,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -101,6 +112,7 @@ class TrainConfig:
         None,
         "peak learning rate of the one-cycle schedule",
         POSITIVE,
+        alias="--learning-rate",
         # The square-root rule for adaptive optimizers (Malladi et al., arXiv 2205.10287).
         shown_default=f"{SMALL_BATCH_LR:g} * sqrt(batch size / {SMALL_BATCH})",
     )
@@ -112,7 +124,14 @@ class TrainConfig:
     clip: float = _option(1.0, "largest gradient norm", POSITIVE)
     seed: int = _option(0, "of the initial weights, the order and the augmentation", SEED)
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
-    amp: bool = _option(True, "mixed precision: bfloat16 if native, else float16", cuda=True)
+    amp: bool = _option(True, "mixed precision", cuda=True)
+    amp_dtype: str = _option(
+        "auto",
+        "type of mixed precision; auto is bfloat16 on GPUs that have it, float16 on other GPUs "
+        "and float32 without CUDA; float16 scales the gradients",
+        choices=("auto", "float16", "bfloat16"),
+        cuda=True,
+    )
     tf32: bool = _option(True, "TF32 for float32 products", cuda=True)
     channels_last: bool = _option(True, "channels_last memory layout (NHWC)", cuda=True)
     compile: bool = _option(True, "torch.compile", cuda=True)
@@ -131,6 +150,11 @@ class TrainConfig:
             if check is not None and value is not None and not check.passes(value):
                 raise UsageError(
                     f"--{item.name.replace('_', '-')} {value:g}: expected {check.expected}"
+                )
+            choices = item.metadata.get("choices")
+            if choices is not None and value not in choices:
+                raise UsageError(
+                    f"--{item.name.replace('_', '-')} {value}: expected {', '.join(choices)}"
                 )
 
     def resolved(self, device: torch.device, frames: int = MANY_FRAMES, processes: int = 1) -> Self:

@@ -8,6 +8,7 @@ reads them back while the next epoch runs.
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from pupilseg.train.config import FitResult
 from pupilseg.train.metrics import predicted_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
     from tqdm import tqdm
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from pupilseg.train.state import TrainState
 
 log = logging.getLogger(__name__)
+
+ESTIMATE_STEPS = 5
+"""Steps from which the time of an epoch is estimated."""
 
 
 def fit(
@@ -84,11 +88,14 @@ def fit(
 
 def train_epoch(state: TrainState, loader: Loader) -> None:
     """Makes one pass over the training split."""
+    first = not state.laps
     state.laps = [Timestamp(state.device)]
     state.model.train()
     state.metrics.reset()
     loader.set_epoch(state.epoch)
-    for batch in _progress(loader, f"epoch {state.epoch + 1} train", state):
+    bar = _progress(loader, f"epoch {state.epoch + 1} train", state)
+    warn = first and state.ranks.first and state.device.type == "cpu"
+    for batch in _warn_about_cpu(bar, len(loader)) if warn else bar:
         train_step(state, batch, state.alphas[state.epoch])
     state.rows[state.epoch, 0].copy_(state.metrics.sums)
     state.laps.append(Timestamp(state.device))
@@ -115,6 +122,21 @@ def train_step(state: TrainState, batch: Batch, alpha: Tensor) -> None:
     state.average.update()
     state.metrics.update(losses, predicted_mask(output), batch.label, batch.ellipse)
     state.step += 1
+
+
+def _warn_about_cpu(batches: tqdm[Batch], steps: int) -> Iterator[Batch]:
+    """Yields batches; after the first steps, warns with the estimated time of an epoch."""
+    started = time.perf_counter()
+    for done, batch in enumerate(batches, start=1):
+        yield batch  # the step is made before the next line
+        if done == min(ESTIMATE_STEPS, steps):
+            seconds = (time.perf_counter() - started) / done * steps
+            batches.clear()
+            log.warning(
+                "training on a CPU: an epoch takes about %s, plus validation; a GPU is faster "
+                "(--device cuda, `modal run`, or a Colab notebook)",
+                f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s",
+            )
 
 
 def validate(state: TrainState, loader: Loader) -> None:

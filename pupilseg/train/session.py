@@ -54,6 +54,8 @@ def train(
     initial: Path | None = None,
     resume: Path | None = None,
     limit: int | None = None,
+    threads: int | None = None,
+    track: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> FitResult:
@@ -68,6 +70,8 @@ def train(
         initial: model file whose weights and architecture the run starts from.
         resume: training state to resume from.
         limit: use the first `limit` frames of each split only.
+        threads: of each loader; None for the loader's default.
+        track: start the trackers that the environment enables.
         on_epoch: called with each epoch's history row and its train_seconds and valid_seconds.
         stop: called after each epoch; True ends the run there.
 
@@ -90,6 +94,7 @@ def train(
             device=device,
             seed=config.seed,
             limit=limit,
+            threads=threads,
             label_dtype=torch.uint8,  # every use converts it; int64 would take 8 times the memory
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -112,7 +117,7 @@ def train(
             provenance = provenance.starting_from(initial, before)
         notes = {} if resume is None else notes_of(resume)
         trackers = Trackers()
-        if ranks.first:
+        if ranks.first and track:
             trackers = _start_tracking(config, provenance, output_dir, notes)
             notes |= trackers.notes
 

@@ -28,7 +28,7 @@ def test_without_flags_the_configuration_has_its_defaults():
     assert config_of(model="ellipse") == TrainConfig(model="ellipse")
 
 
-OTHER_VALUES = {"amp_dtype": "float16"}
+OTHER_VALUES = {"amp_dtype": "float16", "epochs": 7}
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,7 @@ def test_every_field_of_the_configuration_is_a_flag(name):
         assert config_of(flag).defer_metrics is True
         assert config_of("--no-defer-metrics").defer_metrics is False
     else:
-        value = OTHER_VALUES.get(name, 1 if default in (None, 0) else default / 2)
-        value = 7 if name == "epochs" else value
+        value = OTHER_VALUES.get(name) or (1 if default in (None, 0) else default / 2)
         assert getattr(config_of(flag, str(value)), name) == value
 
 
@@ -90,6 +89,28 @@ def test_the_help_text_names_every_default():
     assert "torch.compile (default: on)" in text
     assert "(default: 4 on a CPU, 32 elsewhere, fewer for few frames)" in text
     assert "share of frames mirrored left to right (default: 0.5)" in text
+
+
+def test_learning_rate_is_another_name_of_lr():
+    assert config_of("--learning-rate", "0.5") == config_of("--lr", "0.5")
+
+
+def test_mixed_precision_has_a_choice_of_types(capsys):
+    assert config_of("--amp-dtype", "bfloat16").amp_dtype == "bfloat16"
+    with pytest.raises(SystemExit):
+        parse("--amp-dtype", "float64")
+    assert "invalid choice: 'float64'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--amp-dtype int8: expected auto, float16, bfloat16"):
+        TrainConfig(amp_dtype="int8")
+
+
+def test_loading_threads_and_tracking_are_flags(capsys):
+    assert (parse().num_workers, parse().mlflow) == (None, True)
+    args = parse("--num-workers", "0", "--no-mlflow")
+    assert (args.num_workers, args.mlflow) == (0, False)
+    with pytest.raises(SystemExit):
+        parse("--num-workers", "-1")
+    assert "-1 is negative" in capsys.readouterr().err
 
 
 def test_resume_without_a_file_means_the_latest():

@@ -1,7 +1,11 @@
 """The training state: every part is stored and restored."""
 
+import json
+
+import pytest
 import torch
 
+from pupilseg.errors import CheckpointError
 from pupilseg.model_files.checkpoint import save_state
 from pupilseg.runtime.host_copy import HostCopy
 from pupilseg.train.config import TrainConfig
@@ -10,8 +14,8 @@ from pupilseg.train.state import TrainState
 CPU = torch.device("cpu")
 
 
-def new_state(seed=0):
-    return TrainState(TrainConfig(model="efficientvit_tiny", epochs=3, seed=seed), CPU, 6)
+def new_state(**changes):
+    return TrainState(TrainConfig(model="efficientvit_tiny", epochs=3, **changes), CPU, 6)
 
 
 def tensors(tree, path=()):
@@ -59,6 +63,35 @@ def test_a_restored_state_equals_the_written_one(tmp_path):
         assert torch.equal(tensor, found[path]), path
     plain = ("epoch", "step", "averaged_steps", "run", "notes", "format")
     assert {name: state[name] for name in plain} == {name: again[name] for name in plain}
+
+
+def test_a_state_without_a_newer_field_of_the_configuration_is_restored(tmp_path):
+    state = HostCopy(new_state().state_dict()).read()
+    for missing in ("amp_dtype", "seed"):
+        identity = json.loads(state["run"])
+        del identity[missing]
+        path = tmp_path / f"{missing}_training_state.pt"
+        save_state(path, {**state, "run": json.dumps(identity)})
+        new_state().restore(path)
+        with pytest.raises(CheckpointError, match="seed is 0 in the file and 5 now"):
+            new_state(seed=5).restore(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, None),
+        ({"amp_dtype": "float16"}, torch.float16),
+        ({"amp_dtype": "bfloat16"}, torch.bfloat16),
+        ({"amp_dtype": "float16", "amp": False}, None),
+    ],
+    ids=str,
+)
+def test_float16_scales_the_gradients_and_nothing_else_does(changes, dtype):
+    state = new_state(**changes)
+    assert state.autocast["enabled"] == (dtype is not None)
+    assert dtype is None or state.autocast["dtype"] == dtype
+    assert state.scaler.is_enabled() == (dtype == torch.float16)
 
 
 def test_new_and_changed_states_differ_in_every_tensor():
