@@ -41,7 +41,7 @@ def grown(mask: Mask, px: int) -> Mask:
 
 
 def radius(ellipse: Ellipse) -> float:
-    """Returns the radius of the disc of the same area."""
+    """Returns the radius of a disc with the same area."""
     return math.sqrt(ellipse.semi_axis_a_px * ellipse.semi_axis_b_px)
 
 
@@ -172,7 +172,7 @@ def measure(image: Image, classes: Image) -> dict[str, float]:
     """Returns the statistics of an open eye; NaN if one cannot be measured.
 
     Args:
-        image: uint8 (400, 640), raw.
+        image: uint8 (400, 640), as captured.
         classes: uint8 (400, 640) of {0, 1, 2, 3}.
     """
     values: dict[str, float] = {}

@@ -1,9 +1,9 @@
-"""What comes after the network: ellipse readings, confidence, and whether INT8 pays.
+"""Measures postprocessing: ellipses, confidence, INT8 against float, and whole runs over files.
 
 python -m benchmarks.prediction --model FILE.onnx [--frames 300] [--only ellipse int8 ...]
 
-Frames are rendered; whatever is fitted or calibrated sees other ones (another seed) than it is
-judged on. What is timed against each other takes turns, frame by frame.
+Frames are rendered. Fitting and calibration use another seed than evaluation. Alternatives are
+timed alternately, frame by frame.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WHOLE = Letterbox.of((HEIGHT, WIDTH))
 
 
 def ellipses(network: OnnxNetwork, frames: int) -> None:
-    """Prints errors of center and semi-axes against the exact ellipse, by the reading."""
+    """Prints the errors of center and semi-axes for two ways to compute the ellipse."""
     errors: dict[str, list[tuple[float, ...]]] = {"mask's moments": [], "sub-pixel border": []}
     for index in range(frames):
         frame = render(index, JUDGE_SEED)
@@ -45,7 +45,7 @@ def ellipses(network: OnnxNetwork, frames: int) -> None:
             continue
         whole = np.count_nonzero(ellipse_mask(frame.pupil))
         if np.count_nonzero(frame.classes == PUPIL) < 0.97 * whole:
-            continue  # cut by the lid: the mask's ellipse is another one
+            continue  # cut by a lid, so the mask has another ellipse
         (logits,) = network(frame.image[None])
         blob = find_blob(logits[1] > logits[0], WHOLE)
         if blob is None:
@@ -56,18 +56,18 @@ def ellipses(network: OnnxNetwork, frames: int) -> None:
         for into, ellipse in zip(errors.values(), found, strict=True):
             gap = np.abs(np.subtract(ellipse[:4], frame.pupil[:4]))
             into.append((float(np.hypot(*gap[:2])), float(gap[2]), float(gap[3])))
-    print("| reading | pupils | center px median / mean | semi-axis a | semi-axis b |")
+    print("| ellipse from | pupils | center px median / mean | semi-axis a | semi-axis b |")
     print("| --- | --- | --- | --- | --- |")
     for name, rows in errors.items():
         table = np.array(rows)
         cells = [f"{np.median(c):.3f} / {c.mean():.3f}" for c in table.T]
         print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
     closer = np.mean(np.array(errors["sub-pixel border"]) < np.array(errors["mask's moments"]), 0)
-    print("closer by the border in", ", ".join(f"{100 * share:.0f} %" for share in closer))
+    print("sub-pixel border closer in", ", ".join(f"{100 * share:.0f} %" for share in closer))
 
 
 def certainty(network: OnnxNetwork, frames: int, seed: int) -> Certainty:
-    """Judges rendered frames."""
+    """Returns confidences and errors for rendered frames."""
     rows = []
     for index in range(frames):
         frame = render(index, seed)
@@ -76,12 +76,12 @@ def certainty(network: OnnxNetwork, frames: int, seed: int) -> Certainty:
 
 
 def confidence(network: OnnxNetwork, frames: int) -> None:
-    """Prints what confidences promise and what comes, before and after calibration."""
+    """Prints predicted and actual confidence, before and after calibration."""
     calibration = certainty(network, frames, FIT_SEED).fit("rendered")
     print(f"fitted on {calibration.frames} frames: {calibration}")
     judged = certainty(network, 2 * frames, JUDGE_SEED)
     good, found = judged.good, judged.found
-    print("| confidence | off in the mean | over 0.9: frames | of them within 5 px | under 0.9 |")
+    print("| confidence | mean error | frames over 0.9 | of these within 5 px | under 0.9 |")
     print("| --- | --- | --- | --- | --- |")
     for name, said in (("raw", judged.raw), ("calibrated", judged.confidence(calibration))):
         sure, unsure = found & (said > 0.9), found & (said <= 0.9)
@@ -91,7 +91,7 @@ def confidence(network: OnnxNetwork, frames: int) -> None:
 
 
 def int8(model: Path, frames: int, runs: int) -> None:
-    """Prints time and IoU of the static INT8 form (QDQ, per channel) against the float form."""
+    """Prints time and IoU of a static INT8 model (QDQ, per channel) and of the float model."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -135,18 +135,18 @@ def int8(model: Path, frames: int, runs: int) -> None:
             started = time.perf_counter()
             session.run(None, {"image": image})
             into.append(1e3 * (time.perf_counter() - started))
-    print("| form | bytes | pupil IoU a frame, mean / p5 | ms min / median |")
+    print("| model | bytes | pupil IoU per frame, mean / p5 | ms min / median |")
     print("| --- | --- | --- | --- |")
     for name, size, share, ms in zip(("float", "INT8"), sizes, shares, times, strict=True):
         print(
             f"| {name} | {size:,} | {np.mean(share):.4f} / {np.quantile(share, 0.05):.4f} "
             f"| {min(ms):.2f} / {np.median(ms):.2f} |"
         )
-    print(f"INT8 over float: {min(times[1]) / min(times[0]):.2f} of the time at the least")
+    print(f"ratio of the minimum times, INT8 / float: {min(times[1]) / min(times[0]):.2f}")
 
 
 def files(model: Path, frames: int) -> None:
-    """Prints frames a second of whole runs over a video and images, with threads and without."""
+    """Prints frames per second of whole runs over a video and images, with and without threads."""
     predictor = Predictor(model)
     eyes = [render(index, JUDGE_SEED).image for index in range(12)]
     with tempfile.TemporaryDirectory() as text:
@@ -171,11 +171,13 @@ def files(model: Path, frames: int) -> None:
 
 
 def main() -> None:
-    """Measures and prints Markdown tables."""
+    """Runs the benchmark and prints Markdown tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="FILE.onnx, segmentation")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="FILE.onnx of a segmentation network"
+    )
     parser.add_argument("--frames", type=int, default=300)
-    parser.add_argument("--runs", type=int, default=200, help="timed calls (200)")
+    parser.add_argument("--runs", type=int, default=200, help="timed calls (default: 200)")
     parts = ("ellipse", "confidence", "int8", "files")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()

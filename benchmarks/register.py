@@ -1,15 +1,15 @@
-"""Whether a CUDA device may read the file mapping itself, and what that brings over pinned slots.
+"""Measures whether a CUDA device can read mapped files directly, compared with pinned buffers.
 
 python -m benchmarks.register DIR/train [--batch-size 64] [--batches 50]
 
-Tries `cudaHostRegister` on the first file's mapping: read-only as the loader has it, with and
-without the flag for read-only memory, and as a private copy-on-write mapping. What registers is
-timed: packed rows copied to the device straight from the mapping, against gathering them into a
-pinned slot and copying that, in turn. The stream feed keeps its pinned slots unless this says
-otherwise; llama.cpp gave registered mappings up (ggml-org/llama.cpp#6206).
+Calls `cudaHostRegister` on a mapping of the first file: read-only, as in the loader, with and
+without the flag for read-only memory, and as a private copy-on-write mapping. If registration
+succeeds, two ways are timed alternately: copying packed rows to the device directly from the
+mapping, and gathering them into a pinned buffer that is then copied, as the loader does. llama.cpp
+has given up registered mappings (ggml-org/llama.cpp#6206).
 
-A program of its own, because a failed registration leaves an error that the next CUDA call of the
-process reports.
+This is a separate program because a failed registration leaves an error that the next CUDA call of
+the process reports.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pupilseg.shards.reader import ShardSet
 
 READ_ONLY = 0x08
-"""`cudaHostRegisterReadOnly`: needed for memory that the process itself may not write to."""
+"""`cudaHostRegisterReadOnly`, for memory that the process itself cannot write."""
 TRIALS = [
     ("read-only mapping, no flag", mmap.ACCESS_READ, 0),
     ("read-only mapping, cudaHostRegisterReadOnly", mmap.ACCESS_READ, READ_ONLY),
@@ -49,7 +49,7 @@ TRIALS = [
 
 
 def best_seconds(work: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Returns the least time of each piece of work, done in turn, the device waited for."""
+    """Returns the minimum time of each function, called alternately, device included."""
     found = dict.fromkeys(work, float("inf"))
     for _ in range(rounds):
         for name, call in work.items():
@@ -68,7 +68,7 @@ def compare(shards: ShardSet, mapping: mmap.mmap, batch_size: int, batches: int)
     fields = [field for field in layout.fields if field.name != WEIGHT_VALUE]
     count = len(shard.names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of read-only memory; it is only read
+        warnings.simplefilter("ignore")  # torch warns of read-only memory
         host = {
             field.name: torch.frombuffer(
                 mapping,
@@ -79,33 +79,33 @@ def compare(shards: ShardSet, mapping: mmap.mmap, batch_size: int, batches: int)
             for field in fields
         }
     slot = layout.empty(batch_size, torch.device("cpu"), pinned=True)
-    there = layout.empty(batch_size, device)
+    on_device = layout.empty(batch_size, device)
     order = np.random.default_rng(0).integers(0, count, (batches, batch_size))
 
-    def straight() -> None:
+    def direct() -> None:
         for rows in order.tolist():
             for place, row in enumerate(rows):
                 for name, column in host.items():
-                    there[name][place].copy_(column[row], non_blocking=True)
+                    on_device[name][place].copy_(column[row], non_blocking=True)
 
     with RowPool(FrameDecoder, 4, "gather") as pool:
 
         def gathered() -> None:
             for rows in order:
                 pool.run(partial(gather_row, layout, shards, rows, slot), batch_size)
-                for name, tensor in there.items():
+                for name, tensor in on_device.items():
                     tensor.copy_(slot[name], non_blocking=True)
-                torch.cuda.synchronize()  # one slot: it may not be written to while it is read
+                torch.cuda.synchronize()  # before the only slot is written again
 
-        seconds = best_seconds({"straight": straight, "gathered": gathered})
+        seconds = best_seconds({"direct": direct, "gathered": gathered})
     moved = batches * batch_size * layout.row_bytes
     return ", ".join(f"{name} {moved / took / 1e9:.1f} GB/s" for name, took in seconds.items())
 
 
 def trial(shards: ShardSet, access: int, flag: int, args: argparse.Namespace) -> str:
-    """Registers the first file's mapping, measures, and gives it back; returns what came of it."""
+    """Registers a mapping of the first file and measures it; returns the result as text."""
     with shards.shards[0].path.open("rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=access)  # never empty: that is an error
+        mapping = mmap.mmap(file.fileno(), 0, access=access)  # an empty file is an error
     address = np.frombuffer(mapping, np.uint8).ctypes.data
     cudart = torch.cuda.cudart()
     started = time.perf_counter()
@@ -122,9 +122,9 @@ def trial(shards: ShardSet, access: int, flag: int, args: argparse.Namespace) ->
 
 
 def main() -> None:
-    """Parses the command line and tries each way."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.register", description=__doc__)
-    parser.add_argument("shards", type=Path, help="a split, e.g. DIR/train")
+    parser.add_argument("shards", type=Path, help="a split, for example DIR/train")
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--batches", type=positive_int, default=50)
     args = parser.parse_args()
@@ -134,11 +134,11 @@ def main() -> None:
     print(torch.cuda.get_device_name(device))
     with open_shards(args.shards) as shards:
         if not shards.shards[0].names:
-            raise UsageError(f"{shards.shards[0].path} has no rows; give another split")
+            raise UsageError(f"{shards.shards[0].path} has no rows; choose another split")
         for name, access, flag in TRIALS:
             try:
                 print(f"{name}: {trial(shards, access, flag, args)}")
-            except RuntimeError as error:  # also the error that a refusal left behind
+            except RuntimeError as error:  # may be left from a failed registration
                 print(f"{name}: {str(error).splitlines()[0]}")
 
 

@@ -1,9 +1,9 @@
-"""How well networks find the pupil on frames that differ from those they were trained on.
+"""Measures how well networks find the pupil in frames unlike those that they were trained on.
 
 python -m benchmarks.robustness --source FOLDER [--model micro ellipse FILE.onnx] [--every 2]
 
-Each frame of a source, of both splits, as it is and as another camera might give it: other tone,
-focus, noise, distance. Found as `pupilseg predict` finds it; frames with a pupil only.
+All frames with a pupil, of both splits of a source, are predicted as `pupilseg predict` does: as
+they are, and as another camera might record them, with other brightness, focus, noise and distance.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ if TYPE_CHECKING:
 
 
 def toned(change: Callable[[NDArray[np.uint8]], object]) -> Callable[[Frame], Frame]:
-    """Returns a change of a frame that leaves its label alone."""
+    """Returns a change of the image that leaves the label as it is."""
     return lambda frame: (np.asarray(change(frame[0]), dtype=np.uint8), frame[1])
 
 
 def noisy(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Adds noise of 8 grey levels."""
+    """Adds normal noise with a standard deviation of 8 gray levels."""
     noise = np.random.default_rng(0).normal(0, 8, image.shape)
     return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
 
 
 def scaled(factor: float) -> Callable[[Frame], Frame]:
-    """Returns a change of size around the pupil, which comes to the middle; black around it."""
+    """Returns a change that scales the frame and centers the pupil; the rest is black."""
 
     def change(frame: Frame) -> Frame:
         image, label = frame
         x, y = centroid(label != 0)
         to_middle = ((factor, 0, WIDTH / 2 - factor * x), (0, factor, HEIGHT / 2 - factor * y))
         matrix, size = np.array(to_middle), (WIDTH, HEIGHT)
-        # Reducing by warpAffine does not average: blurred first, as smaller optics would.
+        # warpAffine does not average when it reduces, so blur first.
         soft = cv2.GaussianBlur(image, (0, 0), 0.5 / factor) if factor < 1 else image
         share = cv2.warpAffine(label.astype(np.float32), matrix, size)
         return (
@@ -69,11 +69,11 @@ def scaled(factor: float) -> Callable[[Frame], Frame]:
 CHANGES: dict[str, Callable[[Frame], Frame]] = {
     "as captured": lambda frame: frame,
     "gamma 0.8 + CLAHE": toned(gamma_clahe),
-    "equalised": toned(cv2.equalizeHist),
+    "equalized": toned(cv2.equalizeHist),
     "0.6 times as bright": toned(lambda image: cv2.convertScaleAbs(image, alpha=0.6)),
     "1.7 times as bright": toned(lambda image: cv2.convertScaleAbs(image, alpha=1.7)),
     "blurred, sigma 2 px": toned(lambda image: cv2.GaussianBlur(image, (0, 0), 2)),
-    "noise of 8 levels more": toned(noisy),
+    "with noise of 8 levels": toned(noisy),
     "mirrored": lambda frame: (
         np.ascontiguousarray(frame[0][:, ::-1]),
         np.ascontiguousarray(frame[1][:, ::-1]),
@@ -84,7 +84,7 @@ CHANGES: dict[str, Callable[[Frame], Frame]] = {
 
 
 def frames_of(source: str, every: int) -> list[Frame]:
-    """Returns each n-th frame of a source that has a pupil."""
+    """Returns every n-th frame with a pupil of a source."""
     with tempfile.TemporaryDirectory() as raw:
         download(source, Path(raw))
         dataset = open_dataset(Path(raw))
@@ -95,13 +95,13 @@ def frames_of(source: str, every: int) -> list[Frame]:
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.robustness", description=__doc__)
-    parser.add_argument("--source", required=True, help="as --source of pipeline.download")
+    parser.add_argument("--source", required=True, help="as for --source of pipeline.download")
     parser.add_argument(
         "--model", nargs="+", default=NAMES, help="names or *.onnx; default: all released weights"
     )
-    parser.add_argument("--every", type=positive_int, default=1, help="take each N-th frame only")
+    parser.add_argument("--every", type=positive_int, default=1, help="use every N-th frame only")
     args = parser.parse_args()
     cv2.setNumThreads(1)
     frames = frames_of(args.source, args.every)
