@@ -101,7 +101,7 @@ class TrainConfig:
 
     model: str = "efficientvit"
     architecture: dict[str, Any] = field(default_factory=dict)
-    epochs: int = _option(15, "length of the run", COUNT)
+    epochs: int = _option(15, "number of passes over the training split", COUNT)
     batch_size: int | None = _option(
         None,
         "frames per step, over all processes of torchrun",
@@ -116,13 +116,15 @@ class TrainConfig:
         # The square-root rule for adaptive optimizers (Malladi et al., arXiv 2205.10287).
         shown_default=f"{SMALL_BATCH_LR:g} * sqrt(batch size / {SMALL_BATCH})",
     )
-    weight_decay: float = _option(1e-2, "of AdamW, on convolution and linear weights", NOT_NEGATIVE)
+    weight_decay: float = _option(
+        1e-2, "weight decay of AdamW, for convolution and linear weights", NOT_NEGATIVE
+    )
     warmup: float = _option(0.15, "share of the steps over which the learning rate rises", SHARE)
     ema_decay: float = _option(
         0.99, "decay per step of the averaged weights, which are validated and saved", SHARE
     )
     clip: float = _option(1.0, "largest gradient norm", POSITIVE)
-    seed: int = _option(0, "of the initial weights, the order and the augmentation", SEED)
+    seed: int = _option(0, "seed of the initial weights, the order and the augmentation", SEED)
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     amp: bool = _option(True, "mixed precision", cuda=True)
     amp_dtype: str = _option(

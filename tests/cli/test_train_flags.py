@@ -85,7 +85,7 @@ def test_the_help_text_names_every_default():
     parser = argparse.ArgumentParser()
     add_train_flags(parser)
     text = " ".join(parser.format_help().split())
-    assert "length of the run (default: 15)" in text
+    assert "number of passes over the training split (default: 15)" in text
     assert "torch.compile (default: on)" in text
     assert "(default: 4 on a CPU, 32 elsewhere, fewer for few frames)" in text
     assert "share of frames mirrored left to right (default: 0.5)" in text

@@ -382,12 +382,12 @@ def deferred(one_step, tmp_path_factory):
         out = tmp_path_factory.mktemp(f"deferred_{name}")
         written = []
 
-        def tell(row, out=out, name=name, written=written):
+        def report(row, out=out, name=name, written=written):
             assert state_of(out / "late", name).exists()
             written.append((row, names_in(out / "late")))
 
         now = train(one_step, out / "now", model=name, epochs=12)
-        options = {"on_epoch": tell}
+        options = {"on_epoch": report}
         late = train(
             one_step, out / "late", model=name, epochs=12, defer_metrics=True, options=options
         )
