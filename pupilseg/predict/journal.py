@@ -125,7 +125,7 @@ def _database_errors(path: Path) -> Iterator[None]:
 
 
 def overlay_names(out: Path) -> dict[str, str]:
-    """Returns the name of overlay and masks of each source in a directory's pupil.csv.
+    """Returns the name of the overlay and masks of each source in the results of a run.
 
     Returns:
         Value of the column `file` -> name; empty if there is no database.
@@ -148,7 +148,7 @@ def overlay_names(out: Path) -> dict[str, str]:
 
 
 class Journal:
-    """The database of a run, opened while the directory is locked; `close` it in the end.
+    """The database of a run. The caller locks the directory, and closes the journal in the end.
 
     Args:
         out: the output directory.
@@ -169,7 +169,10 @@ class Journal:
         self.names: dict[str, str] = {}
         self._csv = out / CSV_NAME
         self._settings = {"format": _FORMAT, **settings}
-        self._id, self._rows, self._checksum = 1, 0, 0
+        # Of the current source:
+        self._id = 1
+        self._rows = 0
+        self._checksum = 0
         old = out / _OLD_NAME
         if not resume:
             # The log comes first: SQLite would apply it to the next database of this name.
@@ -218,9 +221,8 @@ class Journal:
     def _check_settings(self) -> None:
         """Raises UsageError if the earlier run had other settings."""
         try:
-            before = dict(
-                json.loads(self._connection.execute("SELECT * FROM settings").fetchone()[0])
-            )
+            text = self._connection.execute("SELECT json FROM settings").fetchone()[0]
+            before = dict(json.loads(text))
         except (TypeError, ValueError) as error:
             raise sqlite3.DatabaseError("no settings") from error
         changes = [
@@ -298,7 +300,9 @@ class Journal:
                 (self._id, *values, checksum),
             )
             self._connection.commit()
-        self._id, self._rows, self._checksum = self._id + 1, 0, 0
+        self._id += 1
+        self._rows = 0
+        self._checksum = 0
 
     def write_csv(self, columns: tuple[str, ...]) -> None:
         """Writes pupil.csv: the rows of all finished sources, in the order in which they ended.

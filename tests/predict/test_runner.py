@@ -542,6 +542,29 @@ def test_no_permission(predictor, folder):
 
 
 @pytest.mark.integration
+def test_disk_that_is_full_of_rows(predictor, folder):
+    """The error is one line, and the run can be resumed once there is space."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    options = Options(overlays=False, skip_existing=True)
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*sqlite3: the disk is full; free"):
+            predict_paths(predictor, [str(folder / "in")], disk, options)
+        assert not (disk / "pupil.csv").exists()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        done = predict_paths(predictor, [str(folder / "in")], disk, options)
+        assert done.skipped > 0
+        assert done.frames + done.skipped == 13
+        assert len(read_rows(disk)) == 13
+        assert {path.name for path in disk.iterdir()} == {"pupil.csv", DATABASE_NAME}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
