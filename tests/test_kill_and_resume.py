@@ -33,10 +33,10 @@ def data_dir(tmp_path_factory):
 def line(data_dir, out, *flags, epochs=EPOCHS):
     """Returns a training command."""
     return [
-        *(sys.executable, "-m", "pipeline.train", "--model", MODEL, "--device", "cpu"),
-        *("--shards", str(data_dir), "--out", str(out), "--batch-size", "2"),
-        *("--epochs", str(epochs), *flags),
-    ]
+        sys.executable, "-m", "pipeline.train", "--model", MODEL, "--device", "cpu",
+        "--shards", str(data_dir), "--out", str(out), "--batch-size", "2",
+        "--epochs", str(epochs), *flags,
+    ]  # fmt: skip
 
 
 def resume_flag(out):

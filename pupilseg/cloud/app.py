@@ -29,20 +29,29 @@ PYTHON = "3.11"
 SYSTEM_LIBRARIES = ("libgl1", "libglib2.0-0")
 """Libraries that OpenCV's wheel links to and a slim image lacks."""
 PACKAGES = (
-    *("filelock", "numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML"),
-    *("torch", "safetensors", "huggingface_hub", "mlflow", "matplotlib"),
-    *("onnx", "onnxscript", "onnxruntime"),
-)
+    "filelock", "numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML",
+    "torch", "safetensors", "huggingface_hub", "mlflow", "matplotlib",
+    "onnx", "onnxscript", "onnxruntime",
+)  # fmt: skip
+"""Packages of the image, with the versions of constraints.txt."""
 HOME = Path(__file__).resolve().parents[2]
 """The checkout; in the container /root, where Modal puts source."""
 CONTAINER_HOME = "/root"
-PARAMS, CONSTRAINTS = "params.yaml", "constraints.txt"
-DATA_VOLUME, DATA = "openeds-dataset-cache", "/data"
-CHECKPOINT_VOLUME, CHECKPOINTS = "pupilseg-checkpoints", "/checkpoints"
+PARAMS = "params.yaml"
+CONSTRAINTS = "constraints.txt"
+DATA_VOLUME = "openeds-dataset-cache"
+DATA = "/data"
+"""Where containers mount `DATA_VOLUME`."""
+CHECKPOINT_VOLUME = "pupilseg-checkpoints"
+CHECKPOINTS = "/checkpoints"
+"""Where containers mount `CHECKPOINT_VOLUME`."""
 HOUR = 3600
 COMMIT_SECONDS = 10
 """A lost container costs at most this much training, besides the current epoch."""
-CPU_WORKERS, GPU_WORKERS = 8, 4
+CPU_WORKERS = 8
+"""CPU cores of a container that prepares data."""
+GPU_WORKERS = 4
+"""CPU cores of a container that trains."""
 BUILDERS = 5
 """Containers that build shards at the same time; limits the cost per hour."""
 

@@ -60,7 +60,8 @@ def fit(
         ParallelError: another rank ended.
         UsageError: there is nothing to train on, or the loss is not finite.
     """
-    config, ranks = state.config, state.ranks
+    config = state.config
+    ranks = state.ranks
     # A small validation split may have no frames for ranks other than the first.
     if len(train_loader) == 0 or (len(valid_loader) == 0 and ranks.first):
         raise UsageError(
@@ -103,9 +104,9 @@ def train_epoch(state: TrainState, loader: Loader) -> None:
 
 def train_step(state: TrainState, batch: Batch, alpha: Tensor) -> None:
     """Makes one optimizer step and adds the batch to the metrics."""
-    config, ranks = state.config, state.ranks
+    config = state.config
     if config.augment is not None:
-        batch = augment(batch, config.augment, state.random, ranks, compiled=config.compile)
+        batch = augment(batch, config.augment, state.random, state.ranks, compiled=config.compile)
     for group in state.optimizer.param_groups:
         group["lr"] = state.learning_rate(state.step)
     image = batch.image.contiguous(memory_format=state.memory_format)
@@ -114,7 +115,7 @@ def train_step(state: TrainState, batch: Batch, alpha: Tensor) -> None:
     losses = state.loss(output, batch, alpha)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(losses["loss"]).backward()
-    ranks.average_gradients(state.parameters)
+    state.ranks.average_gradients(state.parameters)
     state.scaler.unscale_(state.optimizer)
     torch.nn.utils.clip_grad_norm_(state.parameters, config.clip)
     state.scaler.step(state.optimizer)

@@ -111,8 +111,10 @@ class EpochMetrics:
             label: (N, 400, 640), 0 or 1.
             ellipse: float (N, 4), the label's normalized ellipse; rx = 0 for a blink.
         """
-        frames, pixels = len(label), label.numel()
-        found_px, true_px = mask.float(), (label != 0).float()
+        frames = len(label)
+        pixels = label.numel()
+        found_px = mask.float()
+        true_px = (label != 0).float()
         # Matrix products, because sums over bool take three times as long; whole numbers of this
         # size are exact in float32, and in TF32.
         rows = found_px @ self._columns  # (N, H, 2): sums of 1 and of x along each row

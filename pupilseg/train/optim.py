@@ -79,7 +79,8 @@ class WeightAverage:
         self.steps = 0
         self._decay = decay
         # Tensors are looked up once: a walk through the modules takes 0.2 ms.
-        current, averaged = model.state_dict(), average.state_dict()
+        current = model.state_dict()
+        averaged = average.state_dict()
         floats = [name for name, value in averaged.items() if value.is_floating_point()]
         counts = [name for name in averaged if name not in floats]
         self._floats = [averaged[name] for name in floats]

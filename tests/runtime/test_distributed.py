@@ -157,10 +157,10 @@ def command(shards, out, *flags, ranks=2, model="efficientvit_tiny"):
     """Returns the command line of a training job."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     return [
-        *(sys.executable, *(torchrun if ranks > 1 else []), "-m", "pipeline.train"),
-        *("--model", model, "--shards", str(shards), "--out", str(out), "--device", "cpu"),
-        *("--batch-size", "4", "--lr", "1e-3", *flags),
-    ]
+        sys.executable, *(torchrun if ranks > 1 else []), "-m", "pipeline.train",
+        "--model", model, "--shards", str(shards), "--out", str(out), "--device", "cpu",
+        "--batch-size", "4", "--lr", "1e-3", *flags,
+    ]  # fmt: skip
 
 
 def run(line):

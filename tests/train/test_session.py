@@ -42,9 +42,9 @@ def rendered(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "eyes"
     out = path.parent / "checkpoints"
     done = run(
-        *(SCRIPTS["efficientvit_tiny"], "--data-dir", path, "--dataset", SYNTHETIC),
-        *("--checkpoint-dir", out, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
-    )
+        SCRIPTS["efficientvit_tiny"], "--data-dir", path, "--dataset", SYNTHETIC,
+        "--checkpoint-dir", out, "--epochs", "2", "--batch-size", "2", "--device", "cpu",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return path, out, done
 
@@ -79,10 +79,10 @@ def test_a_second_run_needs_no_source(rendered, tmp_path, name):
     """
     path, *_ = rendered
     done = run(
-        *(SCRIPTS[name], "--data-dir", path, "--dataset", SYNTHETIC, "--output-dir", tmp_path),
-        *("--epochs", "1", "--batch-size", "2", "--device", "cpu"),
+        SCRIPTS[name], "--data-dir", path, "--dataset", SYNTHETIC, "--output-dir", tmp_path,
+        "--epochs", "1", "--batch-size", "2", "--device", "cpu",
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "samples in" not in done.stderr  # nothing was materialized
     best = tmp_path / f"best_{name}_model.pt"
@@ -98,11 +98,11 @@ def test_a_pipeline_stage_and_a_script_write_the_same_bytes(rendered, tmp_path):
     """Whatever the number of loading threads; `--no-mlflow` ignores the environment."""
     path, out, _ = rendered
     done = run(
-        *("-m", "pipeline.train", "--model", "efficientvit_tiny", "--shards", path / "shards"),
-        *("--out", tmp_path, "--epochs", "2", "--batch-size", "2", "--device", "cpu"),
-        *("--num-workers", "1", "--no-mlflow"),
+        "-m", "pipeline.train", "--model", "efficientvit_tiny", "--shards", path / "shards",
+        "--out", tmp_path, "--epochs", "2", "--batch-size", "2", "--device", "cpu",
+        "--num-workers", "1", "--no-mlflow",
         env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_EXPERIMENT_ID": "1"},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "--num-workers 1: data are loaded by 1 threads" in done.stderr
     assert "MLflow" not in done.stderr
@@ -132,9 +132,9 @@ def shards(tmp_path_factory):
 
 def train_line(shards, out, *flags, model="efficientvit"):
     return [
-        *("-m", "pipeline.train", "--model", model, "--shards", str(shards), "--out", str(out)),
-        *("--batch-size", "2", "--device", "cpu", *flags),
-    ]
+        "-m", "pipeline.train", "--model", model, "--shards", str(shards), "--out", str(out),
+        "--batch-size", "2", "--device", "cpu", *flags,
+    ]  # fmt: skip
 
 
 def environment(server, experiment):
@@ -188,8 +188,11 @@ def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, de
         assert [point.step for point in history] == [1, 2, 3], name
     there = artifacts(client, found.info.run_id)
     assert there == {
-        *("checkpoints", "curves.png", "predictions.png"),
-        *("best_efficientvit_model.onnx", "efficientvit_history.csv"),
+        "checkpoints",
+        "curves.png",
+        "predictions.png",
+        "best_efficientvit_model.onnx",
+        "efficientvit_history.csv",
     }
     checkpoints = artifacts(client, found.info.run_id, "checkpoints")
     assert "checkpoints/best_efficientvit_model.pt" in checkpoints
