@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from benchmarks.machine import machine_line
-from pupilseg.evaluate.confidence import Certainty, judge
+from pupilseg.evaluate.confidence import PredictedConfidence, confidence_and_error
 from pupilseg.geometry import HEIGHT, WIDTH, ellipse_from_mask, ellipse_mask
 from pupilseg.letterbox import Letterbox
 from pupilseg.model_files.calibration import reliability
@@ -66,24 +66,25 @@ def ellipses(network: OnnxNetwork, frames: int) -> None:
     print("sub-pixel border closer in", ", ".join(f"{100 * share:.0f} %" for share in closer))
 
 
-def certainty(network: OnnxNetwork, frames: int, seed: int) -> Certainty:
+def predicted_confidence(network: OnnxNetwork, frames: int, seed: int) -> PredictedConfidence:
     """Returns confidences and errors for rendered frames."""
     rows = []
     for index in range(frames):
         frame = render(index, seed)
-        rows.append(judge(frame.image, frame.classes == PUPIL, network(frame.image[None])[0]))
-    return Certainty(*np.array(rows).T)
+        output = network(frame.image[None])[0]
+        rows.append(confidence_and_error(frame.image, frame.classes == PUPIL, output))
+    return PredictedConfidence(*np.array(rows).T)
 
 
 def confidence(network: OnnxNetwork, frames: int) -> None:
     """Prints predicted and actual confidence, before and after calibration."""
-    calibration = certainty(network, frames, FIT_SEED).fit("rendered")
+    calibration = predicted_confidence(network, frames, FIT_SEED).fit("rendered")
     print(f"fitted on {calibration.frames} frames: {calibration}")
-    judged = certainty(network, 2 * frames, JUDGE_SEED)
-    good, found = judged.good, judged.found
+    predicted = predicted_confidence(network, 2 * frames, JUDGE_SEED)
+    good, found = predicted.good, predicted.found
     print("| confidence | mean error | frames over 0.9 | of these within 5 px | under 0.9 |")
     print("| --- | --- | --- | --- | --- |")
-    for name, said in (("raw", judged.raw), ("calibrated", judged.confidence(calibration))):
+    for name, said in (("raw", predicted.raw), ("calibrated", predicted.calibrated(calibration))):
         sure, unsure = found & (said > 0.9), found & (said <= 0.9)
         shares = [f"{100 * good[part].mean():.1f} %" for part in (sure, unsure)]
         error = reliability(said[found], good[found]).error

@@ -1,1 +1,1 @@
-"""Scores a model on a split, calibrates its confidence and writes the report."""
+"""Evaluation of model files: scores, confidence calibration, plots and a report."""

@@ -1,4 +1,4 @@
-"""The frames of a split with what a network makes of them, and how far its confidence is right."""
+"""Runs a model over a split, and calibrates its confidence."""
 
 from __future__ import annotations
 
@@ -28,22 +28,27 @@ if TYPE_CHECKING:
     from pupilseg.shards import ShardSet
 
     Outputs = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-    """From preprocessed images, uint8 (N, 400, 640), to logits or normalised ellipses."""
+    """Maps preprocessed images, uint8 (N, 400, 640), to logits or normalized ellipses."""
 
-_BATCH = 8
-_WHOLE = Letterbox.of((HEIGHT, WIDTH))
+_BATCH_SIZE = 8
+_WHOLE_IMAGE = Letterbox.of((HEIGHT, WIDTH))
 
 
 def check_preprocessing(shards: ShardSet, trained: str, model: str) -> None:
-    """Checks that a model was trained on images such as a split holds.
+    """Checks that a model was trained on images with a split's preprocessing.
+
+    Args:
+        shards: the split.
+        trained: preprocessing of the model's training images.
+        model: its name, for messages.
 
     Raises:
-        UsageError: theirs went through another preprocessing.
+        UsageError: the split has another preprocessing.
     """
     applied = shards.manifest["preprocessing"]
     if trained != applied:
         raise UsageError(
-            f"{model} was trained on images with preprocessing {trained!r}, those in "
+            f"{model} was trained on images with preprocessing {trained!r}, but those in "
             f"{shards.directory} have {applied!r}; give shards that "
             f"`python -m pipeline.materialize --preprocessing {trained}` made from raw images, or "
             "a model trained on these"
@@ -51,7 +56,7 @@ def check_preprocessing(shards: ShardSet, trained: str, model: str) -> None:
 
 
 def frames_with_output(
-    shards: ShardSet, outputs: Outputs, indices: Sequence[int], batch_size: int, what: str
+    shards: ShardSet, outputs: Outputs, indices: Sequence[int], batch_size: int, description: str
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]]:
     """Yields image and label of samples, (400, 640) each, and the network's output.
 
@@ -59,14 +64,14 @@ def frames_with_output(
         shards: the split.
         outputs: the network.
         indices: of the samples.
-        batch_size: frames that the network gets at once.
-        what: stands in front of the progress bar.
+        batch_size: frames per call of the network.
+        description: label of the progress bar.
     """
-    # The label alone is decoded: a sample's distance maps would take ten times as long.
+    # Only the label is decoded: a sample's distance maps would take ten times as long.
     packed = shards.encoding("label") == BITS
     images = shards["image"]
     starts = range(0, len(indices), batch_size)
-    for start in progress_bar(starts, what, unit="batch"):
+    for start in progress_bar(starts, description, unit="batch"):
         part = indices[start : start + batch_size]
         batch = np.stack([images[i] for i in part])
         for i, image, output in zip(part, batch, outputs(batch), strict=True):
@@ -74,28 +79,28 @@ def frames_with_output(
             yield image, label, output
 
 
-def judge(
+def confidence_and_error(
     image: NDArray[np.uint8], label: NDArray[np.generic], output: NDArray[np.float32]
 ) -> tuple[float, float]:
-    """Returns the raw confidence in a frame's pupil, and how far off its centre is, in px.
+    """Returns the raw confidence of the predicted pupil, and the error of its center in px.
 
-    Both are NaN where no pupil was found; the distance is infinite where there is none to be found.
+    Both are NaN if no pupil was found. The error is infinite if the label has no pupil.
     """
-    found = pupil_from_output(output, image, _WHOLE)
-    if found.ellipse is None:
+    predicted = pupil_from_output(output, image, _WHOLE_IMAGE)
+    if predicted.ellipse is None:
         return math.nan, math.nan
     truth = centroid(np.asarray(label) != 0)
-    distance = float(np.hypot(*(truth - np.array(found.ellipse[:2]))))
-    return found.confidence, math.inf if math.isnan(distance) else distance
+    distance = float(np.hypot(*(truth - np.array(predicted.ellipse[:2]))))
+    return predicted.confidence, math.inf if math.isnan(distance) else distance
 
 
-class Certainty(NamedTuple):
-    """What a predictor said of n frames, and what was so.
+class PredictedConfidence(NamedTuple):
+    """Predicted confidence and actual center error of n frames.
 
     Attributes:
-        raw: float64 (n,), raw confidence; NaN where no pupil was found.
-        center_error_px: float64 (n,), of the predicted ellipse from the label's centroid; infinite
-            where the label has no pupil, NaN where none was found.
+        raw: float64 (n,), raw confidence; NaN if no pupil was found.
+        center_error_px: float64 (n,), distance between the predicted ellipse's center and the
+            label's centroid; infinite if the label has no pupil, NaN if none was found.
     """
 
     raw: NDArray[np.float64]
@@ -108,31 +113,31 @@ class Certainty(NamedTuple):
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """(n,): one was found, with its centre within `GOOD_PX`."""
+        """(n,): a pupil was found, with its center within `GOOD_PX`."""
         return self.center_error_px <= GOOD_PX
 
-    def confidence(self, calibration: Calibration | None) -> NDArray[np.float64]:
-        """Returns what the predictor says, float64 (n,); 0 where it found no pupil.
+    def calibrated(self, calibration: Calibration | None) -> NDArray[np.float64]:
+        """Returns the calibrated confidence, float64 (n,); 0 if no pupil was found.
 
         Args:
-            calibration: the model's; None for a map fitted on these frames, each half of them by
-                the other, so that no frame is judged by a map that it made.
+            calibration: of the model; None to fit one on each half of these frames and apply it to
+                the other half.
         """
-        said = np.zeros(len(self.raw))
+        confidence = np.zeros(len(self.raw))
         raw, good = self.raw[self.found], self.good[self.found]
         if calibration is None:
-            said[self.found] = cross_fitted(raw, good)
+            confidence[self.found] = cross_fitted(raw, good)
         else:
-            said[self.found] = [calibration(score) for score in raw]
-        return said
+            confidence[self.found] = [calibration(score) for score in raw]
+        return confidence
 
     def fit(self, data: str) -> Calibration:
-        """Returns the map that fits these frames."""
+        """Returns the calibration fitted on these frames; `data` names their source."""
         return fit_calibration(self.raw[self.found], self.good[self.found], data)
 
 
 def calibrate(network: OnnxNetwork, model: str, shards_dir: Path) -> Calibration:
-    """Fits a network's confidence on a split.
+    """Calibrates a network's confidence on a split.
 
     Args:
         network: of any task.
@@ -141,11 +146,11 @@ def calibrate(network: OnnxNetwork, model: str, shards_dir: Path) -> Calibration
 
     Raises:
         DataError: the shards are missing or damaged.
-        UsageError: their images went through another preprocessing than the model's.
+        UsageError: their images have another preprocessing than the model's.
     """
     with open_shards(shards_dir) as shards:
         check_preprocessing(shards, network.info.preprocessing, model)
-        frames = frames_with_output(shards, network, range(len(shards)), _BATCH, "calibrate")
-        judged = np.array([judge(*frame) for frame in frames]).reshape(-1, 2)
+        frames = frames_with_output(shards, network, range(len(shards)), _BATCH_SIZE, "calibrate")
+        rows = np.array([confidence_and_error(*frame) for frame in frames]).reshape(-1, 2)
         split = f"{shards.manifest['source']}, {shards.manifest['split']}"
-    return Certainty(*judged.T).fit(split)
+    return PredictedConfidence(*rows.T).fit(split)

@@ -1,4 +1,4 @@
-"""Evaluates a model file, .pt or .onnx, on the frames of a split; an ONNX file without torch."""
+"""Evaluates a model file on the frames of a split; ONNX files need no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pupilseg.errors import UsageError
-from pupilseg.evaluate.confidence import Certainty, check_preprocessing, frames_with_output, judge
+from pupilseg.evaluate.confidence import (
+    PredictedConfidence,
+    check_preprocessing,
+    confidence_and_error,
+    frames_with_output,
+)
 from pupilseg.evaluate.plots import CENTER_AXIS_PX, read_history
 from pupilseg.evaluate.report import Example, write_report
 from pupilseg.evaluate.scoring import (
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     """Image, label, and the network's output."""
 
 EXAMPLES = 6
-"""Pictures of each kind in the report."""
+"""Frames of each kind in the report."""
 COLUMNS = (
     "name",
     "pupil_iou",
@@ -45,10 +50,10 @@ COLUMNS = (
     "predicted_area_px",
     "confidence",
 )
-"""Columns of per_frame.csv; the errors are empty where label or prediction has no pupil. Confidence
-is the predictor's, in the pupil that it makes of the prediction; 0 where it makes none."""
+"""Columns of per_frame.csv. The errors are empty if label or prediction has no pupil. The
+confidence is that of `Predictor`: of the pupil after postprocessing, 0 if there is none."""
 CURVE_POINTS = 101
-"""Rows of iou_curve.csv and center_curve.csv, whatever the number of frames."""
+"""Rows of iou_curve.csv and center_curve.csv, for any number of frames."""
 
 
 def evaluate_model(
@@ -60,26 +65,26 @@ def evaluate_model(
     batch_size: int = 8,
     history: Path | None = None,
 ) -> dict[str, Any]:
-    """Scores a model file on a split and writes what was found.
+    """Scores a model file on a split, and writes tables and a report.
 
     Args:
         model: *.pt, *.safetensors or *.onnx.
-        shards_dir: of the split, e.g. DIR/validation.
-        out: gets metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv, report.html.
-        device: for torch, as `device.find_device`; ONNX files run on the CPU.
-        batch_size: frames that the network gets at once.
-        history: a training run's history.csv, drawn into the report.
+        shards_dir: of the split, such as DIR/validation.
+        out: receives metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv, report.html.
+        device: for torch, see `runtime.device.find_device`; ONNX files run on the CPU.
+        batch_size: frames per call of the network.
+        history: history.csv of a training run, whose curves the report shows.
 
     Returns:
-        What metrics.json holds: `scoring.summarize`, calibration_error (mean distance of
-        confidence and outcome), calibrated_on, model, model_file, preprocessing, data, split. What
-        there was no frame for is NaN here and null there.
+        The content of metrics.json: `scoring.summarize`, calibration_error (mean difference of
+        confidence and outcome), calibrated_on, model, model_file, preprocessing, data, split. A
+        metric without any frame to measure is NaN here and null in the file.
 
     Raises:
-        CheckpointError: the model file is missing, damaged or foreign.
+        CheckpointError: the model file is missing, damaged, or not written by pupilseg.
         DataError: the shards or the history are missing or damaged.
-        UsageError: the model was trained on images of another preprocessing than the shards', or
-            the device is not there.
+        UsageError: the shards have another preprocessing than the model's training images, or the
+            device is unavailable.
         OutputError: `out` cannot be written.
     """
     model, out = Path(model), Path(out)
@@ -93,18 +98,18 @@ def evaluate_model(
         def frames(indices: Sequence[int]) -> Iterator[Frame]:
             return frames_with_output(shards, network.outputs, indices, batch_size, "evaluate")
 
-        judged: list[tuple[float, float]] = []
+        confidences: list[tuple[float, float]] = []
 
         def pairs() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
             for image, label, output in frames(range(len(shards))):
-                judged.append(judge(image, label, output))
+                confidences.append(confidence_and_error(image, label, output))
                 yield label, masks_from_output(output[None])[0]
 
         scores = score_frames(list(shards["name"]), pairs())
-        certainty = Certainty(*np.array(judged).reshape(-1, 2).T)
-        confidence = certainty.confidence(network.calibration)
-        found = certainty.found
-        curve = reliability(confidence[found], certainty.good[found])
+        predicted = PredictedConfidence(*np.array(confidences).reshape(-1, 2).T)
+        confidence = predicted.calibrated(network.calibration)
+        found = predicted.found
+        curve = reliability(confidence[found], predicted.good[found])
         metrics = summarize(scores) | {
             "calibration_error": curve.error,
             "calibrated_on": "" if network.calibration is None else network.calibration.data,
@@ -123,17 +128,17 @@ def evaluate_model(
         }
     write_tables(scores, confidence, out)
     write_report(out / "report.html", metrics, scores, curve, examples, curves)
-    # Last: whoever finds metrics.json finds all.
+    # Written last: its presence marks a complete evaluation.
     write_json(out / "metrics.json", {k: None if v != v else v for k, v in metrics.items()})  # noqa: PLR0124 - NaN
     return metrics
 
 
 def choose_examples(scores: FrameScores) -> dict[str, list[int]]:
-    """Chooses frames to show, at most `EXAMPLES` of a kind.
+    """Chooses the frames that the report shows, at most `EXAMPLES` of a kind.
 
     Returns:
-        Title -> indices: worst, median and best by pupil IoU among the frames with a pupil, no
-        frame twice; then blinks, those with a false prediction first, the largest before.
+        Title -> indices: worst, median and best frames with a pupil, by pupil IoU, without
+        repetition; then blinks, largest false prediction first.
     """
     open_eye = np.flatnonzero(~scores.is_blink)
     order = [int(i) for i in open_eye[np.argsort(scores.pupil_iou[open_eye], kind="stable")]]
@@ -142,30 +147,30 @@ def choose_examples(scores: FrameScores) -> dict[str, list[int]]:
     rest = order[len(worst) : len(order) - len(best)]
     middle = max(0, min(len(order) // 2 - EXAMPLES // 2 - len(worst), len(rest) - EXAMPLES))
     blinks = np.flatnonzero(scores.is_blink)
-    loudest = np.argsort(-scores.predicted_area_px[blinks], kind="stable")
+    by_false_area = np.argsort(-scores.predicted_area_px[blinks], kind="stable")
     return {
         "Worst frames": worst,
         "Median frames": rest[middle : middle + EXAMPLES],
         "Best frames": best,
-        "Blinks": [int(i) for i in blinks[loudest][:EXAMPLES]],
+        "Blinks": [int(i) for i in blinks[by_false_area][:EXAMPLES]],
     }
 
 
 def _caption(scores: FrameScores, index: int) -> str:
-    """Returns what stands under a frame's picture."""
+    """Returns the caption of a frame's picture."""
     if scores.is_blink[index]:
         area = int(scores.predicted_area_px[index])
-        verdict = f"{area} px predicted falsely" if area else "no pupil, none predicted"
+        verdict = f"no pupil, but {area} px predicted" if area else "no pupil, none predicted"
     elif not scores.found[index]:
         verdict = "pupil not found"
     else:
         error = scores.center_error_px[index]
-        verdict = f"IoU {scores.pupil_iou[index]:.4f}, centre {error:.2f} px off"
+        verdict = f"IoU {scores.pupil_iou[index]:.4f}, center error {error:.2f} px"
     return f"{scores.names[index]}: {verdict}"
 
 
 def write_tables(scores: FrameScores, confidence: NDArray[np.float64], out: Path) -> None:
-    """Writes per_frame.csv, iou_curve.csv and center_curve.csv; NaN is an empty cell.
+    """Writes per_frame.csv, iou_curve.csv and center_curve.csv; NaN becomes an empty cell.
 
     Raises:
         OutputError: they cannot be written.
@@ -196,8 +201,6 @@ def write_tables(scores: FrameScores, confidence: NDArray[np.float64], out: Path
 
 
 def _write_csv(path: Path, names: Sequence[str], columns: Sequence[Iterable[Any]]) -> None:
-    """Writes columns of equal length atomically."""
-
     def text(value: Any) -> str:
         if isinstance(value, float):
             return "" if np.isnan(value) else f"{value:.6g}"

@@ -1,4 +1,4 @@
-"""Plots of an evaluation and of a training run as PNG; the only module that imports matplotlib."""
+"""Plots of evaluations and training runs as PNG; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from pupilseg.model_files.calibration import Reliability
 
 CENTER_AXIS_PX = 10.0
-"""Centre errors beyond this are past the right end of the curve."""
-_BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#6b7280"
+"""Right end of the center error curve."""
+_BLUE, _ORANGE, _GRAY = "#2563eb", "#ea580c", "#6b7280"
 _LOSS_TITLES = {
     "loss": "total loss",
     "ce_loss": "cross-entropy",
     "dice_loss": "Dice loss",
     "surface_loss": "surface loss",
-    "center_loss": "centre loss",
+    "center_loss": "center loss",
     "radius_loss": "radius loss",
 }
 _TRAINING_PANELS = (
     ("loss", ("train_loss", "valid_loss")),
     ("mIoU", ("train_iou", "valid_iou")),
     ("pupil IoU", ("train_pupil_iou", "valid_pupil_iou")),
-    ("centre error (px)", ("train_center_px", "valid_center_px")),
+    ("center error (px)", ("train_center_px", "valid_center_px")),
 )
 
 
 def iou_histogram(pupil_iou: NDArray[np.float64]) -> bytes:
-    """Draws how the pupil IoU spreads over the frames.
+    """Draws a histogram of the frames' pupil IoU.
 
     Args:
-        pupil_iou: (n,), 0 .. 1, of the frames with a pupil.
+        pupil_iou: float64 (n,), of the frames with a pupil.
 
     Returns:
         A PNG file.
@@ -64,10 +64,10 @@ def iou_histogram(pupil_iou: NDArray[np.float64]) -> bytes:
 
 
 def center_curve(center_error_px: NDArray[np.float64]) -> bytes:
-    """Draws the share of the frames with a pupil whose centre is found within a distance.
+    """Draws the share of frames with a center error up to each distance.
 
     Args:
-        center_error_px: (n,), NaN where no pupil was found, which counts as never within.
+        center_error_px: float64 (n,), of the frames with a pupil; NaN if none was found.
 
     Returns:
         A PNG file.
@@ -75,68 +75,70 @@ def center_curve(center_error_px: NDArray[np.float64]) -> bytes:
     figure, (axes,) = _figure(1)
     distance = np.linspace(0, CENTER_AXIS_PX, 201)
     axes.plot(distance, share_within(center_error_px, distance), color=_BLUE)
-    axes.axvline(GOOD_PX, color=_GREY, linewidth=0.8, linestyle=":")
+    axes.axvline(GOOD_PX, color=_GRAY, linewidth=0.8, linestyle=":")
     within = share_within(center_error_px, np.array([GOOD_PX]))[0]
     if center_error_px.size:
         axes.set_title(f"{100 * within:.1f} % within {GOOD_PX:g} px", fontsize=9)
-    axes.set(xlabel="centre error (px)", ylabel="share of frames with a pupil")
+    axes.set(xlabel="center error (px)", ylabel="share of frames with a pupil")
     axes.set(xlim=(0, CENTER_AXIS_PX), ylim=(0, 1.02))
     return _png(figure)
 
 
 def reliability_curve(curve: Reliability) -> bytes:
-    """Draws what share of frames of like confidence has the centre within 5 px.
+    """Draws a reliability diagram: the share of good frames against the confidence.
 
     Args:
-        curve: of the frames where a pupil was found; the size of a dot is its number of frames.
+        curve: of the frames in which a pupil was found; dots are sized by number of frames.
 
     Returns:
         A PNG file.
     """
     figure, (axes,) = _figure(1)
-    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=":")
+    axes.plot([0, 1], [0, 1], color=_GRAY, linewidth=0.8, linestyle=":")
     axes.plot(curve.confidence, curve.share_good, color=_BLUE, linewidth=1.2)
     if len(curve.frames):
         sizes = 60 * curve.frames / curve.frames.max()
         axes.scatter(curve.confidence, curve.share_good, s=sizes, color=_BLUE)
-        axes.set_title(f"off by {curve.error:.3f} in the mean", fontsize=9)
+        axes.set_title(f"mean calibration error {curve.error:.3f}", fontsize=9)
     axes.set(xlabel="confidence", ylabel=f"share within {GOOD_PX:g} px")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     return _png(figure)
 
 
 def read_history(path: str | os.PathLike[str]) -> dict[str, list[float]]:
-    """Reads a training run's table, one row an epoch.
+    """Reads the history of a training run, a CSV file with one row per epoch.
 
     Returns:
-        Column -> values; an empty cell is NaN.
+        Column -> values; empty cells are NaN.
 
     Raises:
-        DataError: the file is missing, empty, or holds no numbers.
+        DataError: the file is missing, empty, or not numeric.
     """
     path = Path(path)
-    mend = "give the history.csv that training wrote, or leave --history out"
+    hint = "give the history.csv that training wrote, or leave out --history"
     try:
         with path.open(newline="", encoding="utf-8") as handle:
             head, *rows = list(csv.reader(handle, strict=True)) or [[]]
         numbers = [[float(cell or math.nan) for cell in row] for row in rows]
         columns = dict(zip(head, zip(*numbers, strict=True), strict=bool(rows)))
     except FileNotFoundError as error:
-        raise DataError(f"there is no history {path}; {mend}") from error
+        raise DataError(f"the history {path} does not exist; {hint}") from error
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} is not a table of one row an epoch ({error}); {mend}") from error
+        raise DataError(
+            f"{path} is not a CSV file with one row per epoch ({error}); {hint}"
+        ) from error
     if "epoch" not in columns:
         raise DataError(
-            f"{path} has no column epoch (it has {', '.join(columns) or 'none'}); {mend}"
+            f"{path} has no column epoch (found: {', '.join(columns) or 'none'}); {hint}"
         )
     return {name: list(values) for name, values in columns.items()}
 
 
 def training_curves(history: Mapping[str, Sequence[float]]) -> bytes:
-    """Draws loss and scores over the epochs.
+    """Draws loss and scores against the epoch.
 
     Args:
-        history: column -> values, as `read_history` gives it; what is missing is left out.
+        history: as returned by `read_history`; missing columns are left out.
 
     Returns:
         A PNG file.
@@ -152,10 +154,10 @@ def training_curves(history: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def loss_curves(history: Mapping[str, Sequence[float]]) -> bytes:
-    """Draws each term of the loss over the epochs, in training and validation.
+    """Draws each term of the loss against the epoch, in training and validation.
 
     Args:
-        history: column -> values, as `read_history` gives it.
+        history: as returned by `read_history`.
 
     Returns:
         A PNG file.
@@ -170,21 +172,21 @@ def loss_curves(history: Mapping[str, Sequence[float]]) -> bytes:
 def _curves(
     history: Mapping[str, Sequence[float]], panels: Sequence[tuple[str, Sequence[str]]]
 ) -> bytes:
-    """Draws panels of (title, columns) side by side over the epochs; returns a PNG file."""
-    figure, every = _figure(max(1, len(panels)))
-    for axes, (label, names) in zip(every, panels, strict=False):
+    """Draws panels of (title, columns) side by side; returns a PNG file."""
+    figure, all_axes = _figure(max(1, len(panels)))
+    for axes, (label, names) in zip(all_axes, panels, strict=False):
         for name in names:
             split = "train" if name.startswith("train") else "validation"
-            colour = _ORANGE if split == "train" else _BLUE
-            axes.plot(history["epoch"], history[name], color=colour, label=split, marker=".")
+            color = _ORANGE if split == "train" else _BLUE
+            axes.plot(history["epoch"], history[name], color=color, label=split, marker=".")
         axes.set(xlabel="epoch", title=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no epoch 1.5
+        axes.xaxis.get_major_locator().set_params(integer=True)  # no ticks at epoch 1.5
         axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 
 def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
-    """Returns a figure with panels side by side, drawn without any display or global state."""
+    """Returns a figure and its axes side by side, without pyplot's display and global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -194,16 +196,16 @@ def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
         ) from error
     figure = Figure(figsize=(4.2 * panels, 3.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    every = figure.subplots(1, panels, squeeze=False)[0]
-    for axes in every:
+    all_axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in all_axes:
         axes.grid(color="#e5e7eb", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, every
+    return figure, all_axes
 
 
 def _png(figure: Any) -> bytes:
-    """Returns a figure as a PNG file; the same figure gives the same bytes."""
+    """Encodes a figure as PNG, without the metadata that differ between versions."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,18 +1,17 @@
-"""The page of an evaluation: numbers, curves and pictures in one HTML file that needs no other."""
+"""The report of an evaluation: metrics, curves and pictures in one self-contained HTML file."""
 
 from __future__ import annotations
 
-import base64
-from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pupilseg.evaluate.plots import center_curve, iou_histogram, reliability_curve, training_curves
-from pupilseg.files import atomic_path
+from pupilseg.files import write_text
+from pupilseg.pages import data_uri, render_page
 from pupilseg.pictures import compare, encode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -20,15 +19,17 @@ if TYPE_CHECKING:
     from pupilseg.evaluate.scoring import FrameScores
     from pupilseg.model_files.calibration import Reliability
 
+_TEMPLATE = Path(__file__).with_name("report.html")
+
 
 class Example(NamedTuple):
-    """A frame to show.
+    """A frame shown in the report.
 
     Attributes:
         caption: plain text.
         image: uint8 (H, W).
-        label: (H, W), non-zero inside.
-        mask: (H, W), likewise, predicted.
+        label: (H, W), non-zero inside the pupil.
+        mask: predicted, (H, W), non-zero inside the pupil.
     """
 
     caption: str
@@ -36,126 +37,62 @@ class Example(NamedTuple):
     label: NDArray[np.generic]
     mask: NDArray[np.generic]
 
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1180px;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p.about { color: #6b7280; margin: .2rem 0 1.2rem; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; }
-dl div { border: 1px solid #e5e7eb; border-radius: 8px; padding: .6rem .8rem; }
-dt { color: #6b7280; font-size: .8rem; } dd { margin: 0; font-size: 1.3rem; }
-dd small { font-size: .8rem; color: #6b7280; }
-.plots img { max-width: 100%; }
-.frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: .8rem; }
-figure { margin: 0; } figure img { width: 100%; border-radius: 6px; display: block; }
-figcaption { font-size: .8rem; color: #374151; overflow-wrap: anywhere; }
-.truth { color: #16a34a; } .found { color: #dc2626; }
-"""
+    @property
+    def picture(self) -> str:
+        """The frame with both outlines, as a `data:` URI."""
+        return data_uri(encode(compare(self.image, self.label, self.mask), ".jpg"), "jpeg")
 
 
 def write_report(
     path: Path,
     metrics: Mapping[str, Any],
     scores: FrameScores,
-    certainty: Reliability,
+    curve: Reliability,
     examples: Mapping[str, Sequence[Example]],
     history: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Writes the page atomically.
+    """Writes the report atomically.
 
     Args:
         path: usually `report.html`.
         metrics: as `evaluation.evaluate_model` returns them.
-        scores: of the frames, for the curves.
-        certainty: what confidences promised, and what came.
-        examples: heading -> frames; a heading without frames is left out.
-        history: a training run's columns, for its curves.
+        scores: of the frames.
+        curve: confidence against the share of good frames.
+        examples: heading -> frames; headings without frames are left out.
+        history: columns of a training run's history, for its curves.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
-    open_eye = ~scores.is_blink
-    plots = [
-        ("pupil IoU of the frames", iou_histogram(scores.pupil_iou[open_eye])),
-        ("share of frames by centre error", center_curve(scores.center_error_px[open_eye])),
-        ("share of frames within 5 px by confidence", reliability_curve(certainty)),
+    with_pupil = ~scores.is_blink
+    distributions = [
+        ("pupil IoU of the frames", iou_histogram(scores.pupil_iou[with_pupil])),
+        ("share of frames by center error", center_curve(scores.center_error_px[with_pupil])),
+        ("share of frames within 5 px by confidence", reliability_curve(curve)),
     ]
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text(metrics['model'])}: evaluation</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{_text(metrics['model'])} on {_text(metrics['split'])}</h1>",
-        f'<p class="about">{_text(metrics["model_file"])}, {metrics["frames"]} frames of '
-        f"{_text(metrics['data'])}, preprocessing {_text(metrics['preprocessing'])}</p>",
-        _headline(metrics),
-        '<h2>Distributions</h2><div class="plots">',
-        *(_image(picture, "png", alt) for alt, picture in plots),
-        "</div>",
-        f"<p>{_about_confidence(metrics)}</p>",
-    ]
-    if history is not None:
-        picture = _image(training_curves(history), "png", "training curves by epoch")
-        parts += ['<h2>Training</h2><div class="plots">', picture, "</div>"]
-    parts.append(
-        '<p>Outlines: <b class="truth">green</b> is the label, <b class="found">red</b> the raw '
-        "prediction.</p>"
+    page = render_page(
+        _TEMPLATE,
+        metrics=metrics,
+        headline=_headline(metrics),
+        distributions=[(title, data_uri(plot, "png")) for title, plot in distributions],
+        training=None if history is None else data_uri(training_curves(history), "png"),
+        examples=examples,
     )
-    for heading, frames in examples.items():
-        if frames:
-            parts += [f'<h2>{_text(heading)}</h2><div class="frames">', *map(_figure, frames)]
-            parts.append("</div>")
-    parts.append("</body></html>\n")
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, page)
 
 
-def _about_confidence(metrics: Mapping[str, Any]) -> str:
-    """Says how the confidences of the last curve were come by."""
-    if metrics["calibrated_on"]:
-        how = f"calibrated on {_text(metrics['calibrated_on'])}"
-    else:
-        how = "calibrated on these frames, each half by the other (the model file holds no map)"
-    return (
-        "Confidence is to be the probability that a pupil's centre is within 5 px; "
-        f"{how}. Frames where none was found are not in its curve."
-    )
-
-
-def _text(value: Any) -> str:
-    return escape(str(value))
-
-
-def _image(encoded: bytes, kind: str, alt: str) -> str:
-    """Returns an image tag that holds its picture."""
-    data = base64.b64encode(encoded).decode("ascii")
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'
-
-
-def _figure(example: Example) -> str:
-    """Returns a frame with outlines and caption."""
-    picture = encode(compare(example.image, example.label, example.mask), ".jpg")
-    caption = _text(example.caption)
-    return (
-        f"<figure>{_image(picture, 'jpeg', example.caption)}<figcaption>{caption}</figcaption>"
-        "</figure>"
-    )
-
-
-def _headline(metrics: Mapping[str, Any]) -> str:
-    """Returns the numbers that are read first."""
-    cells = [
+def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns the most important metrics: title, value and note."""
+    return [
         ("pupil IoU", _number(metrics["pupil_iou"], 4), "all pixels"),
         (
-            "pupil IoU a frame",
+            "pupil IoU per frame",
             _number(metrics["pupil_iou_median"], 4),
-            f"median; 5 % are under {_number(metrics['pupil_iou_p5'], 3)}",
+            f"median; 5 % of frames are below {_number(metrics['pupil_iou_p5'], 3)}",
         ),
-        ("mIoU", _number(metrics["miou"], 4), "with background"),
+        ("mIoU", _number(metrics["miou"], 4), "mean of pupil and background"),
         (
-            "centre error",
+            "center error",
             f"{_number(metrics['center_error_px_median'], 2)} px",
             f"median; 95 % within {_number(metrics['center_error_px_p95'], 1)} px",
         ),
@@ -167,8 +104,6 @@ def _headline(metrics: Mapping[str, Any]) -> str:
             f"{metrics['blink_false_positives']} with a false pupil",
         ),
     ]
-    rows = (f"<div><dt>{n}</dt><dd>{v} <small>{note}</small></dd></div>" for n, v, note in cells)
-    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _number(value: float, digits: int) -> str:

@@ -1,6 +1,6 @@
-"""Scores of single frames and of a split, from masks alone: NumPy, no torch.
+"""Scores of frames and of a split, computed from masks with NumPy, without torch.
 
-What is scored is the raw mask that a network gives, with no blob refused and nothing mended.
+They are the scores of the raw masks of a network, before the postprocessing of `predict`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FrameScores:
-    """What was counted of n frames, in the split's order.
+    """Counts and errors of n frames, in the order of the split.
 
     Attributes:
-        names: n texts.
+        names: of the frames.
         area_px: int64 (n,), pixels of the label.
         predicted_area_px: int64 (n,), pixels of the prediction.
         intersection_px: int64 (n,), pixels of both.
-        center_error_px: float64 (n,), between the centroids; NaN where either mask is empty.
-        radius_error_px: float64 (n,), likewise: mean absolute difference of the semi-axes along x
-            and y of the upright ellipses with the masks' second moments.
+        center_error_px: float64 (n,), distance of the centroids; NaN if either mask is empty.
+        radius_error_px: float64 (n,), mean absolute difference of the semi-axes along x and y of
+            the upright ellipses with the masks' second moments; NaN if either mask is empty.
     """
 
     names: list[str]
@@ -47,12 +47,12 @@ class FrameScores:
 
     @property
     def is_blink(self) -> NDArray[np.bool_]:
-        """(n,): the label has no pupil."""
+        """Bool (n,): the label has no pupil."""
         return self.area_px == 0
 
     @property
     def found(self) -> NDArray[np.bool_]:
-        """(n,): label and prediction both have a pupil."""
+        """Bool (n,): label and prediction both have a pupil."""
         return (self.area_px > 0) & (self.predicted_area_px > 0)
 
     @property
@@ -62,7 +62,7 @@ class FrameScores:
 
     @property
     def pupil_iou(self) -> NDArray[np.float64]:
-        """float64 (n,); 1 for a blink without a prediction, 0 for one with."""
+        """float64 (n,); a blink counts 1 if nothing is predicted, else 0."""
         return _ratio(self.intersection_px, self.union_px)
 
     @property
@@ -73,13 +73,14 @@ class FrameScores:
 
 
 def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
-    """Returns quotients of counts, 1 where nothing was counted (as in `metrics.scores`)."""
-    above, below = np.atleast_1d(numerator).astype(float), np.atleast_1d(denominator).astype(float)
+    """Returns quotients of counts; 0 / 0 counts as 1, as in `train.metrics.scores`."""
+    above = np.atleast_1d(numerator).astype(float)
+    below = np.atleast_1d(denominator).astype(float)
     return np.divide(above, below, out=np.ones_like(above), where=below > 0)
 
 
 def centroid(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Returns the mean column and row of the set pixels, float64 (2,); NaN if there are none."""
+    """Returns the mean column and row of the set pixels, float64 (2,); NaN for an empty mask."""
     rows, columns = mask.sum(axis=1, dtype=np.float64), mask.sum(axis=0, dtype=np.float64)
     area = rows.sum()
     if not area:
@@ -88,7 +89,7 @@ def centroid(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 
 def radius_error_px(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> float:
-    """Returns by how much the semi-axes of two masks differ; NaN where either is empty."""
+    """Returns `FrameScores.radius_error_px` of two masks."""
     if not (truth.any() and found.any()):
         return float("nan")
     difference = (ellipse_vector(truth) - ellipse_vector(found)) * ELLIPSE_SCALE
@@ -96,11 +97,11 @@ def radius_error_px(truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> float
 
 
 def score_frames(names: list[str], pairs: Iterable[tuple[Any, Any]]) -> FrameScores:
-    """Counts what the scores are made from.
+    """Compares labels and predictions.
 
     Args:
         names: of the frames.
-        pairs: (label, predicted mask) of each, (400, 640), non-zero inside.
+        pairs: (label, predicted mask) of each frame, (400, 640), non-zero inside the pupil.
     """
     areas = np.zeros((len(names), 3), dtype=np.int64)
     errors = np.full((len(names), 2), np.nan)
@@ -113,14 +114,14 @@ def score_frames(names: list[str], pairs: Iterable[tuple[Any, Any]]) -> FrameSco
 
 
 def summarize(scores: FrameScores) -> dict[str, float]:
-    """Derives the split's scores.
+    """Returns the scores of a split.
 
     Returns:
-        miou, pupil_iou, background_iou from counts summed over all frames, as in training;
-        pupil_iou_mean, _median, _p5 over the frames with a pupil; center_error_px_mean, _median,
-        _p95 and the same of radius_error_px over those where one was found; within_5px_share and
-        found_share of the frames with a pupil; frames, blinks, blink_false_positives (blinks with a
-        prediction). NaN where there is no frame to measure.
+        miou, pupil_iou, background_iou: from counts summed over all frames, as in training.
+        pupil_iou_mean, _median, _p5: over the frames with a pupil. center_error_px_mean, _median,
+        _p95 and radius_error_px_mean, ...: over the frames in which a pupil was found.
+        within_5px_share, found_share: of the frames with a pupil. frames, blinks,
+        blink_false_positives (blinks with a prediction): counts. NaN if no frame can be measured.
     """
     union, inter = scores.union_px.sum(), scores.intersection_px.sum()
     pixels = len(scores.names) * HEIGHT * WIDTH
@@ -161,9 +162,9 @@ def _quantile(values: NDArray[np.float64], share: float) -> float:
 def share_within(
     center_error_px: NDArray[np.float64], distance_px: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Returns for each distance the share of the errors at most that large; NaN never is.
+    """Returns the share of errors up to each distance; a NaN error exceeds every distance.
 
-    NaN where there are no errors at all.
+    NaN if there are no errors.
     """
     if not center_error_px.size:
         return np.full(len(distance_px), np.nan)

@@ -124,7 +124,7 @@ class ModelCard(Provenance):
                 f"{name} has format {stored.get('format')!r}, this version of pupilseg reads "
                 f"{FORMAT_VERSION}; upgrade pupilseg"
             )
-        values = {_OLD_KEYS.get(key, key): value for key, value in stored.items()}
+        values: dict[str, Any] = {_OLD_KEYS.get(key, key): value for key, value in stored.items()}
         del values["format"]
         known = {key: values.pop(key, None) for key in _TYPES}
         for key, value in known.items():

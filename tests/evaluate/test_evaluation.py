@@ -1,4 +1,4 @@
-"""Evaluation: the numbers are those of the masks, both forms of a network agree, all is written."""
+"""Evaluation: scores match the masks, torch and ONNX agree, and every file is written."""
 
 import base64
 import csv
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pupilseg.errors import CheckpointError, DataError, UsageError
-from pupilseg.evaluate.confidence import calibrate, frames_with_output, judge
+from pupilseg.evaluate.confidence import calibrate, confidence_and_error, frames_with_output
 from pupilseg.evaluate.evaluation import COLUMNS, choose_examples, evaluate_model
 from pupilseg.evaluate.plots import loss_curves, read_history, share_within, training_curves
 from pupilseg.evaluate.scoring import FrameScores, score_frames, summarize
@@ -47,7 +47,7 @@ BLINKS = (2, 5)
 
 @dataclass
 class DarkPupils(FakeDataset):
-    """Pupils are dark (about 20 on 120); frame i % 3 has a dark corner too, which is no pupil.
+    """Dark pupils (about 20 on 120); every third frame also has a dark corner that is no pupil.
 
     Attributes:
         only_blinks: no frame has a pupil.
@@ -63,7 +63,7 @@ class DarkPupils(FakeDataset):
         dark = label != 0
         if index % 3 == 0 or index == BLINKS[1]:
             dark[: 10 + index, : 30 + index] = True
-        # Noise, because on a flat ground a network's margin is flat too, and rounding decides.
+        # With noise: on a uniform background all margins are equal, and rounding would decide.
         noise = rng.integers(-20, 21, label.shape)
         image = (np.where(dark, 20, 120) + noise).astype(np.uint8)
         return Sample(f"<{split}>/{index}", image, label)
@@ -88,7 +88,7 @@ def threshold(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(shards, threshold, tmp_path_factory):
-    """One evaluation that several tests look at: its directory and what was returned."""
+    """One evaluation for several tests: output directory and returned metrics."""
     out = tmp_path_factory.mktemp("report")
     history = out / "history.csv"
     history.write_text("epoch,train_loss,valid_loss,valid_center_px\n1,2.5,2.0,\n2,1.5,1.0,3.5\n")
@@ -101,7 +101,7 @@ def read_rows(path):
 
 
 def test_scores_are_those_of_training():
-    """Same sums, same scores as `metrics`, which torch computes batch by batch."""
+    """They equal those of `train.metrics`, which torch computes batch by batch."""
     rng = np.random.default_rng(5)
     labels = np.stack([random_label(rng, blink_share=0.3) for _ in range(12)])
     masks = np.stack([random_label(rng, blink_share=0.3) for _ in range(12)])
@@ -119,7 +119,7 @@ def test_scores_are_those_of_training():
     assert found["found_share"] == pytest.approx(wanted["valid_found"], abs=1e-12)
 
 
-def test_closed_forms():
+def test_scores_of_squares():
     square, shifted, nothing = (np.zeros((HEIGHT, WIDTH), bool) for _ in range(3))
     square[100:120, 100:120] = True
     shifted[103:123, 104:124] = True
@@ -138,7 +138,7 @@ def test_closed_forms():
     total = summarize(found)
     assert (total["frames"], total["blinks"], total["blink_false_positives"]) == (5, 2, 1)
     assert total["pupil_iou_mean"] == pytest.approx((1 + overlap) / 3)
-    assert total["within_5px_share"] == pytest.approx(2 / 3)  # 5 px is within 5 px
+    assert total["within_5px_share"] == pytest.approx(2 / 3)  # an error of exactly 5 px counts
     assert total["found_share"] == pytest.approx(2 / 3)
     assert total["center_error_px_p95"] == pytest.approx(4.75)
 
@@ -164,7 +164,7 @@ def test_radius_errors():
     assert total["radius_error_px_p95"] == pytest.approx(0.95 * expected[0], abs=1e-4)
 
 
-def test_rows_and_metrics_are_of_the_raw_mask(done):
+def test_rows_and_metrics_describe_the_raw_mask(done):
     out, metrics = done
     rows = read_rows(out / "per_frame.csv")
     assert tuple(rows[0]) == COLUMNS
@@ -175,7 +175,7 @@ def test_rows_and_metrics_are_of_the_raw_mask(done):
         iou = np.logical_and(truth, mask).sum() / union if union else 1.0
         assert float(row["pupil_iou"]) == pytest.approx(iou, rel=1e-5)
         assert int(row["area_px"]) == truth.sum()
-        assert int(row["predicted_area_px"]) == mask.sum()  # the dark corner is counted
+        assert int(row["predicted_area_px"]) == mask.sum()  # includes the dark corner
         assert row["is_blink"] == str(int(index in BLINKS))
         assert row["found"] == str(int(bool(truth.any() and mask.any())))
         if row["found"] == "1":
@@ -192,31 +192,30 @@ def test_rows_and_metrics_are_of_the_raw_mask(done):
     assert json.loads((out / "metrics.json").read_text()) == metrics
 
 
-def test_confidence_is_the_predictors(done, shards, threshold, tmp_path):
-    """As `Predictor` gives it, by the file's map; else by one fitted on the other half."""
+def test_confidence_equals_that_of_predictor(done, shards, threshold, tmp_path):
+    """With the file's calibration, or else one fitted on the other half of the frames."""
     out, metrics = done
     assert metrics["calibrated_on"] == ""
     assert 0 <= metrics["calibration_error"] < 0.3
-    assert "each half by the other" in (out / "report.html").read_text()
+    assert "each half by the other half" in (out / "report.html").read_text()
     calibration = Calibration(2.0, 1.0, 40, "<there>")
     model = threshold_onnx(tmp_path / "c.onnx", calibration=calibration.to_json())
     metrics = evaluate_model(model, shards, tmp_path / "out")
     assert metrics["calibrated_on"] == "<there>"
-    assert "calibrated on &lt;there&gt;" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r"calibrated on\s+&lt;there&gt;\.", page)
     predictor = Predictor(model)
     said = [float(row["confidence"]) for row in read_rows(tmp_path / "out" / "per_frame.csv")]
     frames = [DarkPupils().sample("validation", i) for i in range(21)]
     found = [predictor(frame.image) for frame in frames]
     assert said == pytest.approx([f.confidence for f in found], rel=1e-4)
     assert 0 < sum(f.ellipse is None for f in found) < 21
-    # Of those found, the ones with a centre within 5 px of the label's are good.
     raw = [f.confidence for f in map(Predictor(threshold), [f.image for f in frames])]
     with open_shards(shards) as split:
         network = OnnxNetwork(threshold)
-        judged = [
-            judge(*frame) for frame in frames_with_output(split, network, range(21), 4, "test")
-        ]
-    for frame, pupil, score, (seen, distance) in zip(frames, found, raw, judged, strict=True):
+        outputs = frames_with_output(split, network, range(21), 4, "test")
+        measured = [confidence_and_error(*frame) for frame in outputs]
+    for frame, pupil, score, (seen, distance) in zip(frames, found, raw, measured, strict=True):
         if pupil.ellipse is None:
             assert np.isnan([seen, distance]).all()
             continue
@@ -235,8 +234,7 @@ def test_calibration_is_stored_at_export(both_forms, shards, threshold, tmp_path
     save_model(
         tmp_path / "g.pt",
         plain_state_dict(create_model("efficientvit_tiny")),
-        {"model": "efficientvit_tiny", "architecture": {}, **CARD}
-        | {"preprocessing": "gamma0.8+clahe1.5"},
+        replace(CARD, preprocessing="gamma0.8+clahe1.5"),
     )
     with pytest.raises(UsageError, match="give shards that"):
         export_onnx(tmp_path / "g.pt", tmp_path / "d.onnx", calibrate_on=shards)
@@ -258,17 +256,20 @@ def test_curves(done):
     assert share_within(errors, np.array([0.5, 1, 3, 99])).tolist() == [0, 0.25, 0.75, 0.75]
 
 
-def test_report_holds_all_it_shows(done):
+def test_report_is_self_contained_and_escaped(done):
     out, metrics = done
     page = (out / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     pictures = [s for s in sources if s.startswith("data:image/")]
     assert len(pictures) == len(sources) == 4 + 6 + 6 + 6 + 2
     assert not re.search(r"https?:|<script|<link|url\(", page)
+    assert "default-src &#39;none&#39;" in page
     assert f"{metrics['pupil_iou']:.4f}" in page
     assert "&lt;validation&gt;/5" in page
     assert "<validation>" not in page
-    assert "px predicted falsely" in page
+    assert re.search(r"no pupil, but \d+ px predicted", page)
+    assert 'alt="training curves by epoch"' in page
+    assert "&amp;lt;" not in page  # escaped once
     for source in pictures:
         kind, data = source.split(";base64,")
         image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
@@ -279,7 +280,7 @@ def test_report_holds_all_it_shows(done):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 100)), min_size=1, max_size=40))
-def test_examples_show_each_frame_once_in_order(frames):
+def test_examples_are_distinct_and_in_order(frames):
     area = np.array([100 * is_open for is_open, _ in frames])
     inter = np.array([overlap * is_open for is_open, overlap in frames])
     predicted = np.array([overlap for _, overlap in frames])
@@ -303,7 +304,7 @@ def test_examples_show_each_frame_once_in_order(frames):
 
 @pytest.fixture(scope="module")
 def both_forms(tmp_path_factory, shards):
-    """A fresh network as .pt and .onnx, its last bias such that half of a frame is pupil to it."""
+    """An untrained network as .pt and .onnx, biased to predict half of a frame as pupil."""
     directory = tmp_path_factory.mktemp("forms")
     torch.manual_seed(3)
     model = create_model("efficientvit_tiny").eval()
@@ -323,21 +324,21 @@ def both_forms(tmp_path_factory, shards):
     return directory
 
 
-def test_pt_and_onnx_get_the_same_score(both_forms, shards, tmp_path):
+def test_pt_and_onnx_have_the_same_scores(both_forms, shards, tmp_path):
     found = {}
     for form in ("pt", "onnx"):
         found[form] = evaluate_model(both_forms / f"m.{form}", shards, tmp_path / form)
     rows = [read_rows(tmp_path / form / "per_frame.csv") for form in found]
     a, b = (np.array([int(row["predicted_area_px"]) for row in part]) for part in rows)
-    assert 0.3 < a[0] / (HEIGHT * WIDTH) < 0.7  # so that the comparison means something
-    # Logits differ by rounding, so a pixel in 10,000 may fall on the other side.
+    assert 0.3 < a[0] / (HEIGHT * WIDTH) < 0.7  # otherwise the comparison proves little
+    # Logits differ by rounding, which may change one pixel in 10,000.
     assert np.abs(a - b).max() <= 25
     numbers = [{k: v for k, v in f.items() if isinstance(v, float)} for f in found.values()]
     assert numbers[0] == pytest.approx(numbers[1], abs=0.02, rel=1e-3, nan_ok=True)
     assert numbers[0]["miou"] == pytest.approx(numbers[1]["miou"], abs=1e-4)
 
 
-def test_ellipse_models_are_scored_by_their_drawing(shards, tmp_path):
+def test_ellipse_models_are_scored_by_the_drawn_ellipse(shards, tmp_path):
     label = expected_pair(1)[0]
     model = ellipse_onnx(tmp_path / "e.onnx", ellipse_vector(label))
     metrics = evaluate_model(model, shards, tmp_path / "out")
@@ -367,12 +368,12 @@ def test_only_blinks(threshold, tmp_path):
 
 def test_other_preprocessing_is_refused(shards, tmp_path):
     model = threshold_onnx(tmp_path / "g.onnx", preprocessing="gamma0.8+clahe1.5")
-    with pytest.raises(UsageError, match=r"'gamma0.8\+clahe1.5', those in .* have 'none'"):
+    with pytest.raises(UsageError, match=r"'gamma0.8\+clahe1.5', but those in .* have 'none'"):
         evaluate_model(model, shards, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_requests_that_cannot_be_met(shards, threshold, tmp_path):
+def test_invalid_requests(shards, threshold, tmp_path):
     cases = [
         (
             {"model": tmp_path / "m.bin"},
@@ -380,21 +381,21 @@ def test_requests_that_cannot_be_met(shards, threshold, tmp_path):
             r"suffix '.bin', expected .pt, .safetensors or .onnx",
         ),
         ({"model": tmp_path / "m.pt"}, CheckpointError, "m.pt"),
-        ({"device": "cuda:9"}, UsageError, "leave --device out"),
+        ({"device": "cuda:9"}, UsageError, "leave out --device"),
         ({"batch_size": 0}, UsageError, "batch size is 0"),
         ({"shards_dir": tmp_path}, DataError, "has no manifest.json"),
-        ({"history": tmp_path / "h.csv"}, DataError, "there is no history"),
+        ({"history": tmp_path / "h.csv"}, DataError, r"the history .*h\.csv does not exist"),
     ]
     for change, error, message in cases:
         arguments = {"model": threshold, "shards_dir": shards, "out": tmp_path / "out"} | change
         with pytest.raises(error, match=message):
             evaluate_model(**arguments)
-    save_model(tmp_path / "m.pt", {}, {"model": "efficientvit_tiny", "architecture": {}})
+    save_model(tmp_path / "m.pt", {}, ModelCard(model="efficientvit_tiny"))
     with pytest.raises(CheckpointError):
         evaluate_model(tmp_path / "m.pt", shards, tmp_path / "out")
     weights = plain_state_dict(create_model("ellipse"))
-    save_model(tmp_path / "m.pt", weights, {"model": "ellipse", "architecture": {}})
-    with pytest.raises(CheckpointError, match="does not say which preprocessing"):
+    save_model(tmp_path / "m.pt", weights, ModelCard(model="ellipse"))
+    with pytest.raises(CheckpointError, match="does not record the preprocessing"):
         evaluate_model(tmp_path / "m.pt", shards, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -455,4 +456,4 @@ def test_program(shards, threshold, tmp_path):
     command[4] = str(tmp_path / "gone.onnx")
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 1
-    assert ran.stderr.startswith("error: there is no model file")
+    assert re.match(r"error: the model file .*gone\.onnx does not exist", ran.stderr)
