@@ -162,7 +162,10 @@ def golden(request, one_step, tmp_path_factory):
 
 
 def test_the_first_losses_equal_the_recorded_ones(golden):
-    """Any change of network, loss, schedule, augmentation or optimizer changes them."""
+    """Any change of network, loss, schedule, augmentation or optimizer changes them.
+
+    After an intended change: `python -m tests.train.golden.regenerate [NAME ...]`.
+    """
     name, _, result = golden
     found = [row["train_loss"] for row in result.history]
     assert len(found) == STEPS

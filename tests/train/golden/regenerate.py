@@ -1,9 +1,10 @@
-"""Writes the recorded training losses of every network again, after an intended change.
+"""Records the first training losses of networks again, after an intended change.
 
-python -m tests.train.golden.regenerate
+python -m tests.train.golden.regenerate [NAME ...]      # all networks without names
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,19 +26,19 @@ def golden_run(loaders, out, name, **options):
     return train_with(config, loaders(), out, **options)
 
 
-def main():
-    """Trains every network and writes `FILE`."""
+def main(names):
+    """Trains networks and updates their losses in `FILE`."""
     torch.set_num_threads(1)
+    losses = json.loads(FILE.read_text())
     with tempfile.TemporaryDirectory() as folder:
         loaders = Loaders(Path(folder), train=BATCH, validation=1)
-        lines = []
-        for name in list_models():
+        for name in names:
             history = golden_run(loaders, Path(folder) / name, name).history
-            losses = [float(f"{row['train_loss']:.6g}") for row in history]
-            lines.append(f'  "{name}": {json.dumps(losses)}')
+            losses[name] = [float(f"{row['train_loss']:.6g}") for row in history]
         loaders.close()
+    lines = [f'  "{name}": {json.dumps(losses[name])}' for name in list_models()]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list_models())
