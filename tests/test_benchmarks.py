@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("networks --runs 1", "| efficientvit_tiny | 9,933 | 59.1 M |"),
+        ("networks --runs 1", "| efficientvit_tiny | 9,737 | 40.4 M |"),
         ("renderer --frames 12 --speed 4", "| border share of frame | up to 0.17 |"),
         ("prediction --model {model} --frames 16 --runs 2", "| calibrated | "),
         (

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pupilseg import __version__
 from pupilseg.errors import CheckpointError, UsageError
 from pupilseg.export import ExportReport
+from pupilseg.export.fused import FusedNetwork, is_fusible
 from pupilseg.files import atomic_path
-from pupilseg.geometry import HEIGHT, WIDTH
+from pupilseg.geometry import HEIGHT, NORMALIZED, WIDTH
 from pupilseg.model_files.checkpoint import load_model_and_card
 from pupilseg.model_files.onnx import INPUT_NAME, OUTPUTS, ModelInfo, OnnxNetwork, onnx_session
 from pupilseg.models import model_entry
@@ -34,13 +35,15 @@ if TYPE_CHECKING:
 MAX_BYTES = 300_000
 OPSET = 18
 """Oldest opset that has every operator needed; every ONNX Runtime since 1.14 (2023) reads it."""
+IR_VERSION = 8
+"""Version of the file format that came with the opset."""
 PARITY_BATCHES = (1, 2, 7)
 PARITY_TOLERANCE = 1e-3
 """Largest accepted difference from torch, relative to the largest output magnitude."""
 
 
 class WithNormalization(nn.Module):
-    """A network that takes uint8 images: (x / 255 - 0.5) / 0.5 is part of the graph."""
+    """A network that takes uint8 images; `geometry.NORMALIZED` becomes a part of the graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -143,6 +146,8 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
         raise UsageError(
             f"exporting needs the package {error.name}; run `pip install 'pupilseg[export]'`"
         ) from error
+    fusible = is_fusible(model)
+    network = FusedNetwork(model) if fusible else WithNormalization(model)
     example = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=4096)
     exporter_log = logging.getLogger("torch.onnx")
@@ -153,7 +158,7 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
             # The exporter warns about its own internals (copyreg, pytree) on every call.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                WithNormalization(model).eval(),
+                network.eval(),
                 (example,),
                 dynamo=True,
                 verbose=False,
@@ -168,6 +173,9 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
     assert program is not None  # None only without dynamo
     proto: onnx.ModelProto = program.model_proto
     strip(proto)
+    if fusible:
+        name_batch_dimension(proto)
+    proto.ir_version = IR_VERSION
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -197,6 +205,31 @@ def strip(proto: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
+def name_batch_dimension(proto: onnx.ModelProto) -> None:
+    """Records that the first dimension of upsampled and reshaped images is the batch.
+
+    ONNX's shape inference loses the name of the batch dimension in `Resize` and `Reshape`. ONNX
+    Runtime then cannot prove that two tensors have the same shape, and does not merge additions and
+    ReLUs into the convolutions before them.
+    """
+    import onnx
+
+    batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    images = {
+        name
+        for node in proto.graph.node
+        if node.op_type in ("Resize", "Reshape")
+        for name in node.output
+    }
+    for value in inferred.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        known = all(dim.dim_value for dim in dims[1:])
+        if value.name in images and len(dims) == 4 and known and not dims[0].dim_value:
+            dims[0].dim_param = batch
+            proto.graph.value_info.append(value)
+
+
 @torch.no_grad()
 def check_parity(encoded: bytes, model: nn.Module, name: str) -> float:
     """Compares an ONNX file with torch on batches of 1, 2 and 7 random frames.
@@ -214,7 +247,7 @@ def check_parity(encoded: bytes, model: nn.Module, name: str) -> float:
         # Flat patches instead of white noise, so that activations have the range of real frames.
         coarse = random.integers(0, 256, (frames, 1, HEIGHT // 40, WIDTH // 40), dtype=np.uint8)
         image = coarse.repeat(40, axis=2).repeat(40, axis=3)
-        expected = WithNormalization(model)(torch.from_numpy(image)).numpy()
+        expected = model(torch.from_numpy(NORMALIZED[image])).numpy()
         (found,) = session.run(None, {INPUT_NAME: image})
         worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
     if not worst <= PARITY_TOLERANCE:

@@ -1,10 +1,13 @@
 """The fused form computes what the network computes, in the layout that the runtime likes."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from pupilseg import create_model
 from pupilseg.export.fused import BLOCK, FusedNetwork, is_fusible
+from pupilseg.export.onnx import IR_VERSION, to_onnx
 
 TOLERANCE = 5e-6
 """Rounding of float32: up to 3.4e-6 of the largest output was measured with released weights."""
@@ -84,6 +87,25 @@ def test_no_convolution_leaves_the_blocked_layout():
             continue
         chans = kernel.shape[1] * part.groups
         assert chans == 1 or (chans >= BLOCK and chans % 4 == 0) or ".project" in name, name
+
+
+def test_additions_and_relus_are_merged_into_convolutions(tmp_path):
+    """Fails where the runtime cannot prove that a sum's two inputs have the same batch size."""
+    ort = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    proto = to_onnx(trained("efficientvit"), "logits")
+    assert proto.ir_version == IR_VERSION
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    if not any(node.domain == "com.microsoft.nchwc" for node in nodes):
+        pytest.skip("ONNX Runtime has no blocked layout on this processor")
+    kinds = Counter(node.op_type for node in nodes)
+    assert kinds["BatchNormalization"] == 0
+    assert kinds["Relu"] == 3  # inside the attention of each stage
+    assert kinds["Add"] == 7  # 4 attention biases, 1 cascaded head, 2 upsampled residuals
 
 
 def test_an_unknown_network_is_not_fusible():

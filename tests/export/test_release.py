@@ -60,12 +60,12 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
     card = (out / "efficientvit_tiny.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
     for text in (
-        "| parameters | 9,933 |",
+        "| parameters | 9,737 |",
         "synthetic:9@1",
-        f"rendered eyes of version {RENDERER_VERSION}",
+        f"renderer version {RENDERER_VERSION}",
         "3 epochs",
-        "pupil IoU 0.2500",
-        "6 frames",
+        "IoU is 0.2500",
+        "the 6 rendered frames",
     ):
         assert text in card
     assert "Real eyes: 3 of 4." in card

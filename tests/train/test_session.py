@@ -56,7 +56,7 @@ def rendered(tmp_path_factory):
 def test_the_first_run_builds_the_data_and_logs_its_configuration(rendered):
     path, out, done = rendered
     assert (path / "shards" / "train" / "manifest.json").exists()
-    assert "network efficientvit_tiny: 9,933 parameters" in done.stderr
+    assert "network efficientvit_tiny: 9,737 parameters" in done.stderr
     printed = next(line for line in done.stderr.splitlines() if line.startswith("configuration: "))
     configuration = json.loads(printed.removeprefix("configuration: "))
     best = out / "best_efficientvit_tiny_model.pt"
