@@ -124,7 +124,8 @@ class ModelCard(Provenance):
                 f"{name} has format {stored.get('format')!r}, this version of pupilseg reads "
                 f"{FORMAT_VERSION}; upgrade pupilseg"
             )
-        values: dict[str, Any] = {_OLD_KEYS.get(key, key): value for key, value in stored.items()}
+        given: dict[str, Any] = stored
+        values = {_OLD_KEYS.get(key, key): value for key, value in given.items()}
         del values["format"]
         known = {key: values.pop(key, None) for key in _TYPES}
         for key, value in known.items():
