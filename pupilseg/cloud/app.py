@@ -5,7 +5,7 @@ for the command line, and in the container, where modal looks its functions up b
 imports are therefore the standard library, modal and light modules of pupilseg; `cloud.jobs`, which
 needs more, is imported in the functions.
 
-Volume openeds-dataset-cache  data directories: shards/, raw/ and the Hub's cache
+Volume openeds-dataset-cache  data directories: shards/ and raw/, with the download
 Volume pupilseg-checkpoints   one folder per run, with the files of a local run and result.json
 """
 
@@ -72,7 +72,6 @@ def make_image() -> modal.Image:
             *(f"{name}=={versions[name]}" for name in PACKAGES),
             extra_options=f"--constraint {constraints}",
         )
-        .env({"HF_HOME": f"{DATA}/huggingface"})
         .add_local_python_source("pupilseg")
         .add_local_file(HOME / PARAMS, f"{CONTAINER_HOME}/{PARAMS}")
     )

@@ -1,7 +1,9 @@
 """Data sets on the Hugging Face Hub. No other module imports `huggingface_hub`.
 
-Data stay in the Hub's cache (`HF_HOME`), which other programs share; `source.json` records the
-commit and the digest of each file.
+Files are downloaded into the raw data directory, `hub/COMMIT/`, and not into the cache that
+programs share (`HF_HOME`), so that a copy of the data directory is complete and its removal frees
+all of its space.
+`source.json` records the commit and the digest of each file.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import hashlib
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import DataError, DownloadError, PupilSegError
@@ -22,6 +23,7 @@ from pupilseg.sources.spec import Source, SourceType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from types import ModuleType
 
     from pupilseg.sources.options import SourceOptions
@@ -31,14 +33,16 @@ log = logging.getLogger(__name__)
 _TEXT = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BLOCK = 1 << 20
+_FOLDER = "hub"
+"""Folder in a raw data directory, with one folder per commit."""
 _EXPECTED = "expected a data set with the columns image and label in parquet files"
 _WRAPPERS = ("LocalEntryNotFoundError", "IncompleteSnapshotError", "RevisionResolutionError")
 """Errors of the client that wrap the actual cause."""
 
 
 @dataclass(frozen=True, slots=True)
-class CachedCommit:
-    """The parquet files of a commit in the Hub's cache.
+class LocalCommit:
+    """The downloaded parquet files of a commit.
 
     Attributes:
         commit: 40 hex digits.
@@ -57,29 +61,34 @@ def _parse(text: str) -> Source | None:
 
 
 def _inspect(
-    source: Source, options: SourceOptions, previous: dict[str, Any] | None
+    source: Source, options: SourceOptions, previous: dict[str, Any] | None, raw_dir: Path
 ) -> dict[str, Any]:
     repository, revision = source.location, source.revision
     entries: dict[str, Any] = {}
     known = {}
     if previous is not None:
-        # Other options for the same source, or its files left the cache: the same commit again.
+        # Other options for the same source, or its files were removed: the same commit again.
         revision = previous["commit"]
         entries["request"] = previous["request"]
         known = {entry["path"]: entry["sha256"] for entry in previous.get("files", ())}
-    cached = download_commit(repository, revision)
-    where = f"{repository}@{cached.commit}"
-    found = parquet.inspect_files(cached.root, list(cached.digests), where, options)
+    local = download_commit(repository, revision, raw_dir / _FOLDER)
+    where = f"{repository}@{local.commit}"
+    if missing := known.keys() - local.digests.keys():
+        raise DataError(
+            f"{where}: {min(missing)} is missing; run the same command with network access"
+        )
+    found = parquet.inspect_files(local.root, list(local.digests), where, options)
     for entry in found["files"]:
-        entry["sha256"] = cached.digests[entry["path"]]
+        entry["sha256"] = local.digests[entry["path"]]
         if known.get(entry["path"], entry["sha256"]) != entry["sha256"]:
             raise DataError(f"{where}: {entry['path']} differs from the file recorded before")
-    return found | entries | {"source": where, "commit": cached.commit}
+    return found | entries | {"source": where, "commit": local.commit}
 
 
-def _open(record: dict[str, Any]) -> parquet.ParquetDataset:
-    root = cached_folder(record["request"]["location"], record["commit"])
-    return parquet.open_files(record, root)
+def _open(record: dict[str, Any], raw_dir: Path) -> parquet.ParquetDataset:
+    if not _COMMIT.fullmatch(record["commit"]):
+        raise ValueError(f"commit {record['commit']!r} is not 40 hex digits")
+    return parquet.open_files(record, raw_dir / _FOLDER / record["commit"])
 
 
 TYPE = SourceType(
@@ -94,12 +103,15 @@ TYPE = SourceType(
 )
 
 
-def download_commit(repository: str, revision: str | None) -> CachedCommit:
-    """Downloads the parquet files of a data set repository to the cache and checks them.
+def download_commit(repository: str, revision: str | None, folder: Path) -> LocalCommit:
+    """Downloads the parquet files of a data set repository and checks them.
+
+    Files that are already there are not downloaded again, and partial ones are resumed.
 
     Args:
         repository: "owner/name".
         revision: branch, tag or commit; None for the default branch.
+        folder: receives a folder named by the commit.
 
     Raises:
         DownloadError: the Hub or the connection failed; the message has the cause and a fix.
@@ -114,40 +126,20 @@ def download_commit(repository: str, revision: str | None) -> CachedCommit:
             info = api.dataset_info(repository, revision=revision)
             commit = str(info.sha)
         expected = _listing(hub, api, repository, commit)
-        root = Path(
-            hub.snapshot_download(
-                repository, repo_type="dataset", revision=commit, allow_patterns=["*.parquet"]
-            )
+        root = folder / commit
+        hub.snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=["*.parquet"],
+            local_dir=root,
         )
     paths = sorted(expected) if expected else _files_below(root)
     if not paths:
         raise DataError(f"{repository}@{commit} has no parquet files; {_EXPECTED}")
     log.info("checking %d files of %s@%s", len(paths), repository, commit[:12])
     digests = {path: _checked_digest(root / path, expected.get(path), repository) for path in paths}
-    return CachedCommit(commit, root, digests)
-
-
-def cached_folder(repository: str, commit: str) -> Path:
-    """Returns the folder of a commit in the cache, without network.
-
-    Raises:
-        DataError: the commit is not in the cache, or not completely.
-    """
-    hub = _import_hub()
-    try:
-        return Path(
-            hub.snapshot_download(
-                repository,
-                repo_type="dataset",
-                revision=commit,
-                allow_patterns=["*.parquet"],
-                local_files_only=True,
-            )
-        )
-    except hub.errors.LocalEntryNotFoundError:
-        raise DataError(
-            f"{repository}@{commit} is not complete in the Hub's cache {hub.constants.HF_HUB_CACHE}"
-        ) from None
+    return LocalCommit(commit, root, digests)
 
 
 def _import_hub() -> ModuleType:
@@ -164,16 +156,16 @@ def _import_hub() -> ModuleType:
 
 
 def _listing(hub: ModuleType, api: Any, repository: str, commit: str) -> dict[str, Any]:
-    """Returns the commit's parquet files by path; empty if only the cache is available.
+    """Returns the commit's parquet files by path; empty without network.
 
-    Paths are checked here, before the client joins them to its cache folder.
+    Paths are checked here, before the client joins them to the folder.
     """
     try:
         tree = list(
             api.list_repo_tree(repository, recursive=True, revision=commit, repo_type="dataset")
         )
     except (hub.errors.OfflineModeIsEnabled, ConnectionError):
-        return {}  # a cached commit needs no network; otherwise the client raises
+        return {}  # a complete commit needs no network; otherwise the client raises
     for entry in tree:
         safe_relative(entry.path, f"{repository}@{commit}")
     return {
@@ -209,7 +201,6 @@ def _checked_digest(file: Path, expected: Any, repository: str) -> str:
         wanted = expected.blob_id if small else expected.lfs.sha256
         found = git.hexdigest() if small else sha256.hexdigest()
         if found != wanted or size != expected.size:
-            file.resolve().unlink(missing_ok=True)
             file.unlink(missing_ok=True)
             raise DownloadError(
                 f"{repository}: {file.name} was altered or truncated ({size} bytes, digest "
@@ -250,8 +241,8 @@ def _explain(hub: ModuleType, error: BaseException, repository: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return (
-            "it is not in the cache and offline mode is on; unset HF_HUB_OFFLINE and run the same "
-            "command once with network access"
+            "it is not in the data directory and offline mode is on; unset HF_HUB_OFFLINE and run "
+            "the same command once with network access"
         )
     if isinstance(error, errors.GatedRepoError):
         return (
@@ -281,9 +272,12 @@ def _explain_transport(error: BaseException, endpoint: str) -> str:
     text = (str(error).splitlines() or [""])[0]
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the Hub's cache is full ({text}); free some space or set HF_HOME, and run again"
+        return (
+            f"the data directory is full ({text}); free some space or choose another directory, "
+            "and run again, complete files are kept"
+        )
     if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-        return f"the Hub's cache cannot be written ({text}); set HF_HOME to a writable folder"
+        return f"the data directory cannot be written ({text}); choose another directory"
     if "Consistency check" in text:
         return f"a file was truncated ({text}); run again, complete files are kept"
     if kind in ("ConnectError", "ConnectionError", "ConnectTimeout", "ProxyError", "SSLError"):

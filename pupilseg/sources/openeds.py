@@ -95,7 +95,7 @@ def _matches(source: Source) -> bool:
 
 
 def _inspect(
-    source: Source, options: SourceOptions, _previous: dict[str, Any] | None
+    source: Source, options: SourceOptions, _previous: dict[str, Any] | None, _raw_dir: Path
 ) -> dict[str, Any]:
     root = Path(source.location)
     frames, rule = _split_by_subject(root, options) if _subjects(root) else _split_by_folder(root)
@@ -119,7 +119,7 @@ def _inspect(
     }
 
 
-def _open(record: dict[str, Any]) -> OpenEdsDataset:
+def _open(record: dict[str, Any], _raw_dir: Path) -> OpenEdsDataset:
     root = Path(record["request"]["location"])
     frames: dict[str, tuple[FrameFiles, ...]] = {}
     for split in SPLITS:

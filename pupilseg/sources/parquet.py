@@ -238,7 +238,7 @@ def _find_files(root: Path) -> list[str]:
 
 
 def _inspect(
-    source: Source, options: SourceOptions, _previous: dict[str, Any] | None
+    source: Source, options: SourceOptions, _previous: dict[str, Any] | None, _raw_dir: Path
 ) -> dict[str, Any]:
     root = Path(source.location)
     found = inspect_files(root, _find_files(root), str(root), options)
@@ -255,5 +255,5 @@ TYPE = SourceType(
     parse=None,
     matches=lambda source: bool(_find_files(Path(source.location))),
     inspect=_inspect,
-    open=lambda record: open_files(record, Path(record["request"]["location"])),
+    open=lambda record, _raw_dir: open_files(record, Path(record["request"]["location"])),
 )

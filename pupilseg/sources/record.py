@@ -12,7 +12,7 @@
                       some rows are left out
     frames            openeds: image, label, and their sizes, by split
 
-Nothing is copied: Hub files stay in the Hub's cache, and folders stay where they are.
+The files of a Hub source are in `hub/COMMIT` beside the record. Folders stay where they are.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def download(
         # Another process may have finished it in the meantime.
         if not _is_recorded(path, source, options):
             previous = _read_record(path) if path.exists() else None
-            write_json(path, _make_record(source, options, previous))
+            write_json(path, _make_record(source, options, previous, path.parent))
     return path
 
 
@@ -88,7 +88,7 @@ def open_dataset(raw_dir: Path) -> Dataset:
     path = Path(raw_dir) / RECORD
     record = _read_record(path)
     try:
-        return _open(record)
+        return _open(record, path.parent)
     except DataError as error:
         raise DataError(f"{error}; download it again: {_command(record, path)}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -98,8 +98,8 @@ def open_dataset(raw_dir: Path) -> Dataset:
         ) from error
 
 
-def _open(record: dict[str, Any]) -> Dataset:
-    return type_of_record(record["request"]["kind"], record["layout"]).open(record)
+def _open(record: dict[str, Any], raw_dir: Path) -> Dataset:
+    return type_of_record(record["request"]["kind"], record["layout"]).open(record, raw_dir)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _is_recorded(path: Path, source: Source, options: SourceOptions) -> bool:
     if record.get("options") != options.as_dict():
         return False
     try:
-        _open(record)
+        _open(record, path.parent)
     except (DataError, KeyError, TypeError, ValueError) as error:
         log.warning("%s; downloading it again", error)
         return False
@@ -159,10 +159,10 @@ def _request(source: Source) -> dict[str, Any]:
 
 
 def _make_record(
-    source: Source, options: SourceOptions, previous: dict[str, Any] | None
+    source: Source, options: SourceOptions, previous: dict[str, Any] | None, raw_dir: Path
 ) -> dict[str, Any]:
     source_type = type_of_source(source)
-    found = source_type.inspect(source, options, previous)
+    found = source_type.inspect(source, options, previous, raw_dir)
     return {
         "format": FORMAT,
         "source": found.pop("source"),

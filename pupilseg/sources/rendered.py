@@ -14,6 +14,7 @@ from pupilseg.sources.splits import check_range, check_split
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from pupilseg.sources.options import SourceOptions
 
@@ -62,7 +63,7 @@ def _parse(text: str) -> Source | None:
 
 
 def _inspect(
-    source: Source, options: SourceOptions, _previous: dict[str, Any] | None
+    source: Source, options: SourceOptions, _previous: dict[str, Any] | None, _raw_dir: Path
 ) -> dict[str, Any]:
     from pupilseg.synthetic import RENDERER_VERSION
 
@@ -82,7 +83,7 @@ def _inspect(
     }
 
 
-def _open(record: dict[str, Any]) -> RenderedDataset:
+def _open(record: dict[str, Any], _raw_dir: Path) -> RenderedDataset:
     from pupilseg.synthetic import RENDERER_VERSION
 
     recorded = record["renderer_version"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from pupilseg.sample import Dataset
     from pupilseg.sources.options import SourceOptions
@@ -47,11 +48,12 @@ class SourceType:
         description: one line of help.
         parse: source string -> Source, or None if the string has another form. None for folders.
         matches: True if a source of this kind has this layout.
-        inspect: (source, options, previous record or None) -> entries of source.json: "source",
-            "preprocessing", "split_rule" and "counts", then the type's own; "commit" and "request"
-            override the defaults. Downloads what is missing. Raises DataError or DownloadError.
-        open: source.json -> Dataset, without network. Raises DataError if files are missing or have
-            changed.
+        inspect: (source, options, previous record or None, raw data directory) -> entries of
+            source.json: "source", "preprocessing", "split_rule" and "counts", then the type's own;
+            "commit" and "request" override the defaults. Downloads missing files into the
+            directory. Raises DataError or DownloadError.
+        open: (source.json, raw data directory) -> Dataset, without network. Raises DataError if
+            files are missing or have changed.
     """
 
     kind: str
@@ -60,5 +62,5 @@ class SourceType:
     description: str
     parse: Callable[[str], Source | None] | None
     matches: Callable[[Source], bool]
-    inspect: Callable[[Source, SourceOptions, dict[str, Any] | None], dict[str, Any]]
-    open: Callable[[dict[str, Any]], Dataset]
+    inspect: Callable[[Source, SourceOptions, dict[str, Any] | None, Path], dict[str, Any]]
+    open: Callable[[dict[str, Any], Path], Dataset]

@@ -11,8 +11,8 @@ TYPE = SourceType(
     description="N fake frames",
     parse=lambda text: Source("fake", text[5:]) if text.startswith("fake:") else None,
     matches=lambda _source: True,
-    inspect=lambda source, _options, _previous: {"source": str(source), "counts": {}},
-    open=lambda record: FakeDataset(train=int(record["request"]["location"])),
+    inspect=lambda source, *_: {"source": str(source), "counts": {}},
+    open=lambda record, _raw_dir: FakeDataset(train=int(record["request"]["location"])),
 )
 
 
