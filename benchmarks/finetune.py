@@ -24,7 +24,7 @@ from pupilseg.model_files.checkpoint import load_tensors, read_card, save_model
 from pupilseg.models import list_models, model_entry
 from pupilseg.prepare import ensure_shards
 from pupilseg.runtime.device import find_device
-from pupilseg.runtime.memory import keep_freed_memory
+from pupilseg.runtime.host import keep_freed_memory
 from pupilseg.sources import SourceOptions
 from pupilseg.train.config import SMALL_BATCH, TrainConfig
 from pupilseg.train.session import train

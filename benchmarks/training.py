@@ -25,7 +25,7 @@ from pupilseg.loader.loader import Batch, make_loader
 from pupilseg.models import list_models
 from pupilseg.prepare import ensure_shards
 from pupilseg.runtime.device import find_device
-from pupilseg.runtime.memory import keep_freed_memory
+from pupilseg.runtime.host import keep_freed_memory
 from pupilseg.shards import open_shards
 from pupilseg.train.config import TrainConfig
 from pupilseg.train.loop import train_epoch

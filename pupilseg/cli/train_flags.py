@@ -34,6 +34,19 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
         "--device", help="auto, cpu, cuda, cuda:N or mps (default: auto: cuda if available)"
     )
     parser.add_argument(
+        "--processes",
+        type=positive_int,
+        metavar="N",
+        help="processes that share each batch on a CPU (default: one per core, or a single one for "
+        "runs of less than half a minute)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="threads per process on a CPU (default: 1)",
+    )
+    parser.add_argument(
         "--resume",
         nargs="?",
         const=LATEST,

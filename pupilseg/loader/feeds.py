@@ -16,7 +16,7 @@ import torch
 
 from pupilseg.loader.decode import BatchDecoder, gather_row, layout_of
 from pupilseg.runtime.device import on_device
-from pupilseg.runtime.memory import host_memory
+from pupilseg.runtime.host import host_memory
 from pupilseg.runtime.threads import RowPool, prefetch
 from pupilseg.shards.codec import FrameDecoder, write_network_input
 from pupilseg.shards.format import COLUMNS

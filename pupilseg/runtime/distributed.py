@@ -1,4 +1,6 @@
-"""Data-parallel training: the processes that `torchrun` starts, and their communication.
+"""Data-parallel training: the processes of a job, and their communication.
+
+`torchrun` starts the processes, or `local_ranks` does on the cores of one machine.
 
 Each rank trains on its share of every batch. Batch statistics, gradients and metrics are summed
 over the ranks, so that n ranks take the same steps as one process with the same total batch. The
@@ -9,7 +11,10 @@ or to shard, which is why this is simpler than DistributedDataParallel.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
 import socket
+import sys
 import tempfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,11 +25,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pupilseg.errors import ParallelError, UsageError
-from pupilseg.runtime.exchange import Exchange, connect_to_ranks
+from pupilseg.errors import ParallelError, PupilSegError, UsageError
+from pupilseg.runtime.exchange import Exchange, Sockets, connect_to_ranks, connected_sockets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Sequence
+    from multiprocessing.process import BaseProcess
 
     from torch import Tensor, nn
 
@@ -36,6 +42,9 @@ MESSAGE_TIMEOUT_S = 300
 """Longest wait for another rank. A killed rank is noticed at once: its socket closes."""
 PREPARE_TIMEOUT_S = 24 * 3600
 """Longest wait for the first rank to download and materialize."""
+
+END_TIMEOUT_S = 30
+"""Longest wait for another local process to end, before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,80 @@ def _exchange_of_job(device: torch.device) -> Generator[Exchange | None]:
         sockets = connect_to_ranks(dist.get_rank(), world_size, Path(folders[0]), dist.barrier)
     with closing(Exchange(dist.get_rank(), sockets)) as exchange:
         yield exchange
+
+
+@contextmanager
+def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ranks]:
+    """Starts the other processes of a CPU job on this machine.
+
+    Each of them has one thread, ignores Ctrl-C, and ends when this process does: its sockets close.
+
+    Args:
+        processes: of the job, this one included.
+        work: what the other processes do; picklable.
+
+    Yields:
+        The ranks, as seen from this process, which is the first.
+
+    Raises:
+        ParallelError: another process ended before its work was done.
+    """
+    if processes == 1:
+        yield ALONE
+        return
+    # Not fork: a child would inherit torch's threads, of which only one survives a fork.
+    context = multiprocessing.get_context("spawn")
+    own, *others = connected_sockets(processes)
+    children = [
+        context.Process(target=_run_rank, args=(rank, sockets, work), daemon=True)
+        for rank, sockets in enumerate(others, start=1)
+    ]
+    # Children inherit this: Ctrl-C would interrupt them before they can ignore it themselves.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for child in children:
+            child.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for sockets in others:
+            for connection in sockets.values():
+                connection.close()
+    try:
+        with closing(Exchange(0, own)) as exchange:
+            yield Ranks(0, processes, exchange)
+    except ParallelError as error:
+        raise ParallelError(f"{error}{_ends(children)}") from error
+    finally:
+        for child in children:
+            child.join(timeout=END_TIMEOUT_S)
+            child.kill()
+
+
+def _run_rank(rank: int, sockets: Sockets, work: Callable[[Ranks], object]) -> None:
+    """Main function of another process of `local_ranks`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    logging.getLogger("pupilseg").setLevel(logging.WARNING)
+    try:
+        with closing(Exchange(rank, sockets)) as exchange:
+            work(Ranks(rank, exchange.world_size, exchange))
+    except ParallelError:
+        sys.exit(1)  # the first process reports it
+    except PupilSegError as error:
+        log.error("process %d: %s", rank, error)  # noqa: TRY400 - users need no traceback
+        sys.exit(error.exit_code)
+
+
+def _ends(children: Sequence[BaseProcess]) -> str:
+    """Returns how processes ended that did not end well."""
+    ends = []
+    for rank, child in enumerate(children, start=1):
+        child.join(timeout=1)
+        if child.exitcode is not None and child.exitcode < 0:
+            name = signal.Signals(-child.exitcode).name
+            hint = ", perhaps because the memory was full" if name == "SIGKILL" else ""
+            ends.append(f"; process {rank} was ended by {name}{hint}")
+    return "".join(ends)
 
 
 def _own_cuda(device: torch.device) -> torch.device:

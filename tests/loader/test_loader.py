@@ -614,7 +614,7 @@ from pathlib import Path
 Path(sys.argv[1]).write_text(str(os.getpid()))
 import torch
 from tests.helpers.fakes import FakeDataset
-from pupilseg.runtime.memory import host_memory
+from pupilseg.runtime.host import host_memory
 from pupilseg.loader.loader import make_loader
 from pupilseg.shards import open_shards, write_shards
 print(host_memory())

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from pupilseg.cli import train as cli_train
 from pupilseg.errors import ParallelError, UsageError
 from pupilseg.runtime.batch_norm import RankedBatchNorm, synchronize_norms
 from pupilseg.runtime.distributed import ALONE, Ranks
+from pupilseg.train.config import TrainConfig
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
 from tests.helpers.training import write_eyes
@@ -153,14 +157,15 @@ def shards(tmp_path_factory):
     return write_eyes(tmp_path_factory.mktemp("shards"), train=8, validation=3)
 
 
-def command(shards, out, *flags, ranks=2, model="efficientvit_tiny"):
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+LOCAL = ("--processes", "2")
+
+
+def command(shards, out, *flags, launcher=(), model="efficientvit_tiny"):
     """Returns the command line of a training job."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [
-        sys.executable, *(torchrun if ranks > 1 else []), "-m", "pipeline.train",
-        "--model", model, "--shards", str(shards), "--out", str(out), "--device", "cpu",
-        "--batch-size", "4", "--lr", "1e-3", *flags,
-    ]  # fmt: skip
+    program = [sys.executable, *launcher, "-m", "pipeline.train", "--model", model]
+    files = ["--shards", str(shards), "--out", str(out)]
+    return [*program, *files, "--device", "cpu", "--batch-size", "4", "--lr", "1e-3", *flags]
 
 
 def run(line):
@@ -173,16 +178,24 @@ def history(out, model="efficientvit_tiny"):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("model", ["efficientvit_tiny", "ellipse"])
-def test_two_processes_give_the_results_of_one(shards, tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "launcher", "flags"),
+    [("efficientvit_tiny", (), LOCAL), ("ellipse", TORCHRUN, ())],
+    ids=["local", "torchrun"],
+)
+def test_two_processes_give_the_results_of_one(shards, tmp_path, model, launcher, flags):
     """Rounding differences grow with each step: 4 steps at a tenth of the usual learning rate."""
-    for ranks, name in ((1, "one"), (2, "two")):
-        done = run(command(shards, tmp_path / name, "--epochs", "2", ranks=ranks, model=model))
+    for name, start, extra in (("one", (), ()), ("two", launcher, flags)):
+        line = command(
+            shards, tmp_path / name, "--epochs", "2", *extra, launcher=start, model=model
+        )
+        done = run(line)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch ") == 2  # only the first rank prints
         assert done.stdout.count("best: ") == 1
         assert done.stderr.count("configuration: ") == 1
         assert done.stderr.count("not tracked") == 1
+        assert ("on 2 processes" in done.stderr) == (name == "two")
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(
         p.name for p in (tmp_path / "two").iterdir()
     )
@@ -196,12 +209,13 @@ def test_two_processes_give_the_results_of_one(shards, tmp_path, model):
 
 @pytest.mark.integration
 def test_a_job_resumes_with_another_number_of_processes(shards, tmp_path):
-    done = run(command(shards, tmp_path / "whole", "--epochs", "2", ranks=1))
+    done = run(command(shards, tmp_path / "whole", "--epochs", "2"))
     assert done.returncode == 0, done.stderr
-    with Program(command(shards, tmp_path / "parts", "--epochs", "2"), ROOT) as job:
+    line = command(shards, tmp_path / "parts", "--epochs", "2", *LOCAL)
+    with Program(line, ROOT) as job:
         job.wait_for("epoch   1/2")
         job.kill_all()
-    resumed = run(command(shards, tmp_path / "parts", "--epochs", "2", "--resume", ranks=1))
+    resumed = run(command(shards, tmp_path / "parts", "--epochs", "2", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     whole, parts = (history(tmp_path / name) for name in ("whole", "parts"))
     np.testing.assert_allclose(
@@ -210,24 +224,93 @@ def test_a_job_resumes_with_another_number_of_processes(shards, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_killed_rank_ends_the_job_with_a_message(shards, tmp_path):
-    line = command(shards, tmp_path / "out", "--epochs", "500")
+@pytest.mark.parametrize(
+    ("launcher", "flags", "message"),
+    [
+        ((), LOCAL, "process 1 was ended by SIGKILL"),
+        (TORCHRUN, (), "SIGKILL"),
+    ],
+    ids=["local", "torchrun"],
+)
+def test_a_killed_rank_ends_the_job_with_a_message(shards, tmp_path, launcher, flags, message):
+    line = command(shards, tmp_path / "out", "--epochs", "500", *flags, launcher=launcher)
     with Program(line, ROOT) as job:
         job.wait_for("epoch   1/500")
-        victim = job.children()[-1]
-        started = time.monotonic()
-        os.kill(victim, signal.SIGKILL)
+        os.kill(job.children()[-1], signal.SIGKILL)
         code, text = job.end(timeout_s=120)
     assert code != 0
-    assert time.monotonic() - started < 120
-    assert "SIGKILL" in text or "another process of this job ended" in text
+    assert message in text
+    assert (tmp_path / "out" / "efficientvit_tiny_training_state.pt").exists()
+    if not launcher:
+        assert code == 1
+        assert "another process of this job ended" in text
+        assert "Traceback" not in text
+
+
+@pytest.mark.integration
+def test_when_the_first_process_is_killed_the_others_end(shards, tmp_path):
+    line = command(shards, tmp_path / "out", "--epochs", "500", *LOCAL)
+    with Program(line, ROOT) as job:
+        job.wait_for("epoch   1/500")
+        others = job.children()[1:]
+        os.kill(job.pid, signal.SIGKILL)
+        job.end(timeout_s=120)
+        until = time.monotonic() + 120
+        while any(is_running(pid) for pid in others):
+            assert time.monotonic() < until, f"still running: {others}"
+            time.sleep(0.05)
+
+
+@pytest.mark.integration
+def test_ctrl_c_ends_all_processes_after_the_epoch(shards, tmp_path):
+    line = command(shards, tmp_path / "out", "--epochs", "500", *LOCAL)
+    with Program(line, ROOT) as job:
+        job.wait_for("epoch   1/500")
+        job.send(signal.SIGINT)
+        code, text = job.end(timeout_s=120)
+    assert code == 130
+    assert "finishing this epoch" in text
+    assert "continue with --resume" in text
+    assert "Traceback" not in text
     assert (tmp_path / "out" / "efficientvit_tiny_training_state.pt").exists()
 
 
 @pytest.mark.integration
-def test_a_batch_that_cannot_be_divided_ends_the_job_without_our_traceback(shards, tmp_path):
-    done = run(command(shards, tmp_path / "out", "--batch-size", "3"))
+@pytest.mark.parametrize(
+    ("launcher", "flags"), [((), LOCAL), (TORCHRUN, ())], ids=["local", "torchrun"]
+)
+def test_a_batch_that_cannot_be_divided_is_refused(shards, tmp_path, launcher, flags):
+    line = command(shards, tmp_path / "out", "--batch-size", "3", *flags, launcher=launcher)
+    done = run(line)
     assert done.returncode != 0
     assert "error: --batch-size 3 is the total over all processes" in done.stderr
     assert f'File "{ROOT}/pupilseg' not in done.stderr  # torchrun prints its own traceback
     assert not (tmp_path / "out").exists()
+
+
+def is_running(pid):
+    """Returns whether a process exists and is not a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+# The choice of the number of processes
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "epochs", "processes"),
+    [(2, 4, 500, 2), (8, 4, 500, 4), (3, 4, 500, 2), (2, 3, 500, 1), (1, 4, 500, 1), (2, 4, 1, 1)],
+)
+def test_the_cores_that_divide_a_batch_are_used(
+    shards, monkeypatch, caplog, cores, batch_size, epochs, processes
+):
+    """Short runs have one process: 8 frames for one epoch are over before others have started."""
+    monkeypatch.setattr(cli_train, "available_cores", lambda: cores)
+    args = Namespace(processes=None, limit=None)
+    config = TrainConfig(batch_size=batch_size, epochs=epochs)
+    with caplog.at_level("INFO", "pupilseg"):
+        assert cli_train._choose_processes(args, config, shards) == processes
+    assert ("one process: the run takes about 0 s" if epochs == 1 else "CPU cores") in caplog.text

@@ -1,7 +1,8 @@
-"""Host memory: how much this process may use, and how its allocator treats freed blocks."""
+"""The host: the memory and CPU cores that this process may use, and its allocator."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -29,11 +30,27 @@ def host_memory() -> int:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):
         return 0
-    return min([machine, *_cgroup_limits()])
+    limits = _cgroup_values("memory", "memory.max", "memory.limit_in_bytes")
+    return min([machine, *(int(text) for text in limits if text.isdigit())])  # "max": no limit
 
 
-def _cgroup_limits() -> list[int]:
-    """Returns the memory limits, in bytes, of this process's control groups, version 1 or 2.
+def available_cores() -> int:
+    """Returns the number of CPU cores that this process may use, at least 1.
+
+    These are the cores of its affinity mask, or fewer if a control group (version 2) limits its CPU
+    time.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = [len(affinity(0)) if affinity else os.cpu_count() or 1]
+    for text in _cgroup_values("cpu", "cpu.max", None):
+        quota, _, period = text.partition(" ")
+        if quota.isdigit():  # "max": no limit
+            cores.append(int(quota) // int(period))
+    return max(1, min(cores))
+
+
+def _cgroup_values(controller: str, file: str, file_v1: str | None) -> list[str]:
+    """Returns the texts of a file in each of this process's control groups, version 1 or 2.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
     """
@@ -41,25 +58,21 @@ def _cgroup_limits() -> list[int]:
         lines = _OWN_CGROUPS.read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    limits = []
+    texts = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
-            mount, name = _CGROUPS, "memory.max"
-        elif "memory" in controllers.split(","):
-            mount, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+            mount, name = _CGROUPS, file
+        elif file_v1 is not None and controller in controllers.split(","):
+            mount, name = _CGROUPS / controller, file_v1
         else:
             continue
         # In a container, the path may be the host's while the mount is the container's own group.
         group = Path(path.lstrip("/"))
         for level in (group, *group.parents):
-            try:
-                text = (mount / level / name).read_text(encoding="ascii").strip()
-            except OSError:
-                continue
-            if text.isdigit():  # "max" means no limit
-                limits.append(int(text))
-    return limits
+            with contextlib.suppress(OSError):
+                texts.append((mount / level / name).read_text(encoding="ascii").strip())
+    return texts
 
 
 def keep_freed_memory() -> bool:

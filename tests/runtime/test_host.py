@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pupilseg.runtime import memory
-from pupilseg.runtime.memory import host_memory
+from pupilseg.runtime import host
+from pupilseg.runtime.host import available_cores, host_memory
 from tests.helpers.paths import ROOT
 
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -39,13 +39,13 @@ def test_the_lowest_limit_applies(own, files, expected, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n")
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
     assert host_memory() == expected
 
 
 def test_without_control_groups_it_is_the_machines_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "none")
+    monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "none")
     assert host_memory() == MACHINE
 
 
@@ -54,10 +54,33 @@ def test_a_system_that_does_not_report_its_memory_gives_zero(monkeypatch):
     assert host_memory() == 0
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"app/job/cpu.max": "max 100000"}, 8),
+        ({"app/job/cpu.max": "300000 100000"}, 3),
+        ({"app/job/cpu.max": "max 100000", "app/cpu.max": "200000 100000"}, 2),
+        ({"app/job/cpu.max": "50000 100000"}, 1),
+        ({"app/job/cpu.max": "1600000 100000"}, 8),
+    ],
+)
+def test_cores_are_those_of_the_affinity_mask_and_the_quota(files, expected, tmp_path, monkeypatch):
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    (tmp_path / "own").write_text(VERSION_2)
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    assert available_cores() == expected
+
+
 PROGRAM = """
 import resource, sys
 import torch
-from pupilseg.runtime.memory import keep_freed_memory
+from pupilseg.runtime.host import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():
