@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import modal
 
 from pupilseg.cloud import client
+from pupilseg.tracking import enabling_variables
 
 if TYPE_CHECKING:
     import argparse
@@ -109,6 +110,9 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
     words = client.words_after(f"train_{model}", argv)
     with client.errors_reported():
         args, flags = client.parse_training(model, words, DATA_VOLUME, CHECKPOINT_VOLUME)
+    tracking = enabling_variables() if args.mlflow else {}
+    if not tracking and not args.secret:
+        flags = [*flags, "--no-mlflow"]  # the container would repeat the warning
 
     def main(*_words: str) -> None:
         with client.errors_reported():
@@ -116,6 +120,8 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
             run = client.run_name(model, args.resume, checkpoint_volume, CHECKPOINT_VOLUME)
             result = client.result_of(checkpoint_volume, run)
             if result is None:
+                if args.mlflow:
+                    client.warn_about_tracking(tracking, args.secret)
                 if args.init is not None:
                     initial = client.initial_file(model, args.init)
                     client.upload_initial(checkpoint_volume, run, initial)
@@ -128,13 +134,15 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
 
     app = modal.App(f"pupilseg-{model.replace('_', '-')}", image=make_image(), include_source=False)
     secrets = _secrets(args.secret)
+    # Modal applies secrets in order: one that the user names has precedence over this shell.
+    local = [modal.Secret.from_dict(dict(tracking))] if tracking else []
     prepare = app.function(secrets=secrets, **_ON_CPU)(prepare_data)
     train = app.function(
         gpu=client.names(args.gpu),
         cpu=GPU_WORKERS,
         memory=16 * 1024,
         volumes={DATA: data_volume, CHECKPOINTS: checkpoint_volume},
-        secrets=secrets,
+        secrets=[*local, *secrets],
         timeout=6 * HOUR,
         retries=modal.Retries(max_retries=3, initial_delay=1.0, backoff_coefficient=1.0),
         single_use_containers=True,

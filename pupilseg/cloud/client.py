@@ -7,6 +7,7 @@ standard library and light modules of pupilseg only.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import re
 import secrets
@@ -15,11 +16,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pupilseg.cli.program import positive_int
 from pupilseg.cli.train_flags import add_config_flags, add_start_flags, config_from
 from pupilseg.errors import PupilSegError, UsageError
 from pupilseg.files import atomic_path
+from pupilseg.tracking import TRACKERS
 from pupilseg.weights import initial_path
 
 if TYPE_CHECKING:
@@ -89,7 +92,9 @@ def parse_training(
     parser = argparse.ArgumentParser(
         prog=f"modal run training/train_{model}.py",
         description=f"Train {model} on a rented GPU.",
-        epilog="Flags of the group `train` in params.yaml default to the values there.",
+        epilog="Flags of the group `train` in params.yaml default to the values there. The run is "
+        f"tracked if this shell sets {' and '.join(TRACKERS['mlflow'].variables)}, or if a secret "
+        "does.",
         parents=[modal_only, shared],
         allow_abbrev=False,
     )
@@ -150,6 +155,46 @@ def errors_reported() -> Iterator[None]:
     except PupilSegError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
+
+
+def warn_about_tracking(variables: Mapping[str, str], named_secrets: Sequence[str]) -> None:
+    """Warns that a run is not tracked, or that a container cannot reach its server.
+
+    Args:
+        variables: from `tracking.enabling_variables`.
+        named_secrets: of `--secret`; they may enable tracking too.
+    """
+    for name, value in variables.items():
+        if name.endswith("_URI") and is_on_this_machine(value):
+            _warn(
+                f"{name} names a server or folder on this machine, which a container cannot reach; "
+                "set the address of a server that it can reach, or pass --no-mlflow"
+            )
+    if not variables and not named_secrets:
+        needed = ", or ".join(" and ".join(entry.variables) for entry in TRACKERS.values())
+        _warn(f"not tracked: set {needed} in this shell, or pass a secret with them as --secret")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def is_on_this_machine(uri: str) -> bool:
+    """Returns True for a tracking URI that has another meaning on another machine.
+
+    These are loopback addresses, files, and plain paths.
+    """
+    parts = urlsplit(uri)
+    if uri == "databricks":  # a service by its name, see `mlflow.set_tracking_uri`
+        return False
+    if parts.scheme in ("", "file", "sqlite"):
+        return True
+    host = parts.hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def checked(answer: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,22 @@ To add a tracker, write one module here with a function `start` (see `tracker.Tr
 add one line to `tracker.TRACKERS`.
 """
 
-from pupilseg.tracking.tracker import TRACKERS, RunInfo, Tracker, TrackerEntry, Trackers, start
+from pupilseg.tracking.tracker import (
+    TRACKERS,
+    RunInfo,
+    Tracker,
+    TrackerEntry,
+    Trackers,
+    enabling_variables,
+    start,
+)
 
-__all__ = ["TRACKERS", "RunInfo", "Tracker", "TrackerEntry", "Trackers", "start"]
+__all__ = [
+    "TRACKERS",
+    "RunInfo",
+    "Tracker",
+    "TrackerEntry",
+    "Trackers",
+    "enabling_variables",
+    "start",
+]

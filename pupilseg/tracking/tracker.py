@@ -22,15 +22,23 @@ class TrackerEntry(NamedTuple):
         module: defines `start(run: RunInfo, run_id: str | None) -> Tracker`, where `run_id` names
             the run to resume. It is imported only if the tracker is enabled.
         variables: environment variables that enable the tracker when all of them are set.
+        credentials: environment variables that it needs too if they are set.
     """
 
     module: str
     variables: tuple[str, ...]
+    credentials: tuple[str, ...] = ()
 
 
 TRACKERS = {
     "mlflow": TrackerEntry(
-        "pupilseg.tracking.mlflow", ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
+        module="pupilseg.tracking.mlflow",
+        variables=("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"),
+        credentials=(
+            "MLFLOW_TRACKING_USERNAME",
+            "MLFLOW_TRACKING_PASSWORD",
+            "MLFLOW_TRACKING_TOKEN",
+        ),
     ),
 }
 """Name of a tracker -> where it is. `NAME_run` holds its run id in the notes of a run."""
@@ -113,6 +121,24 @@ class Trackers:
             tracker.end(status)
 
 
+def enabling_variables() -> dict[str, str]:
+    """Returns the environment variables that enable trackers here, with their credentials.
+
+    A process on another machine that gets them tracks its run as this one would. Empty if no
+    tracker is enabled.
+    """
+    found: dict[str, str] = {}
+    for entry in TRACKERS.values():
+        if not _missing(entry):
+            names = (*entry.variables, *entry.credentials)
+            found |= {name: os.environ[name] for name in names if os.environ.get(name)}
+    return found
+
+
+def _missing(entry: TrackerEntry) -> list[str]:
+    return [variable for variable in entry.variables if not os.environ.get(variable)]
+
+
 def start(run: RunInfo, notes: Mapping[str, str] | None = None) -> Trackers:
     """Starts the trackers that the environment enables; warns if there are none.
 
@@ -127,8 +153,7 @@ def start(run: RunInfo, notes: Mapping[str, str] | None = None) -> Trackers:
     not_set = []
     try:
         for name, entry in TRACKERS.items():
-            missing = [variable for variable in entry.variables if not os.environ.get(variable)]
-            if missing:
+            if missing := _missing(entry):
                 not_set.append(" and ".join(missing))
             else:
                 run_id = (notes or {}).get(f"{name}_run")

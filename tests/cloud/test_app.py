@@ -13,6 +13,7 @@ from pupilseg.cli.train_flags import add_train_flags
 from pupilseg.cloud import app as cloud
 from pupilseg.cloud import client, jobs
 from pupilseg.errors import UsageError
+from pupilseg.tracking import TRACKERS
 from tests.helpers.import_graph import imports, module_of
 from tests.helpers.paths import ROOT
 
@@ -26,6 +27,9 @@ MATERIALIZE = "pipeline/materialize_modal.py"
 @pytest.fixture
 def load(monkeypatch):
     """Imports a script as `modal run SCRIPT FLAG...` does."""
+
+    for name in (*TRACKERS["mlflow"].variables, *TRACKERS["mlflow"].credentials):
+        monkeypatch.delenv(name, raising=False)
 
     def load(script, *flags):
         monkeypatch.setattr(sys, "argv", ["modal", "run", "--detach", script, *flags])
@@ -83,6 +87,73 @@ def test_flags_choose_gpus_and_secrets(load, flags, gpus):
         assert function.info().secrets == named
 
 
+SERVER = {
+    "MLFLOW_TRACKING_URI": "https://mlflow.example.org",
+    "MLFLOW_EXPERIMENT_ID": "1",
+    "MLFLOW_TRACKING_USERNAME": "me",
+    "MLFLOW_TRACKING_PASSWORD": "secret",
+    "MLFLOW_TRACKING_TOKEN": "token",
+}
+
+
+def test_training_gets_the_mlflow_variables_of_the_shell(load, monkeypatch):
+    """Named secrets follow: Modal gives precedence to the last one."""
+    made = []
+    from_dict = modal.Secret.from_dict
+    monkeypatch.setattr(modal.Secret, "from_dict", lambda d: made.append(d) or from_dict(d))
+    for name, value in {**SERVER, "MLFLOW_TRACKING_TOKEN": "", "UNRELATED": "1"}.items():
+        monkeypatch.setenv(name, value)
+    script = load(SCRIPTS["ellipse"], "--secret", "huggingface")
+    assert made == [{k: v for k, v in SERVER.items() if k != "MLFLOW_TRACKING_TOKEN"}]
+    named = "modal.Secret.from_name('huggingface')"
+    assert script.prepare.info().secrets == [named]
+    first, second = script.train.info().secrets
+    assert "MLFLOW_TRACKING_PASSWORD" in first
+    assert second == named
+    assert load(SCRIPTS["ellipse"], "--no-mlflow").train.info().secrets == []
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    assert load(SCRIPTS["ellipse"]).train.info().secrets == []
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "secrets", "warning"),
+    [
+        ({}, [], "not tracked: set MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_ID in this shell"),
+        ({}, ["mlflow"], None),
+        (SERVER, [], None),
+        ({**SERVER, "MLFLOW_TRACKING_URI": "http://localhost:5000"}, [], "cannot reach"),
+    ],
+)
+def test_one_warning_about_tracking(capsys, variables, secrets, warning):
+    client.warn_about_tracking(variables, secrets)
+    warned = capsys.readouterr().err
+    assert warned.count("warning: ") == (warning is not None)
+    assert (warning or "") in warned
+
+
+@pytest.mark.parametrize(
+    ("uri", "local"),
+    [
+        ("http://127.0.0.1:5000", True),
+        ("http://me:secret@LOCALHOST/mlflow", True),
+        ("http://[::1]:5000", True),
+        ("http://0.0.0.0:5000", True),
+        ("http://app.localhost", True),
+        ("file:///tmp/mlruns", True),
+        ("mlruns", True),
+        ("sqlite:///mlflow.db", True),
+        ("https://mlflow.example.org", False),
+        ("http://10.1.2.3:5000", False),  # a private network may reach Modal
+        ("http://localhost.example.org", False),
+        ("databricks", False),
+        ("databricks://profile", False),
+    ],
+)
+def test_addresses_that_a_container_cannot_reach(uri, local):
+    assert client.is_on_this_machine(uri) == local
+
+
 MODAL_FLAGS = {"--dataset", "--data-dir", "--output-dir", "--resume", "--gpu", "--secret"}
 """Flags of `modal run` that have no meaning, or another one, in a local run."""
 
@@ -94,7 +165,7 @@ def options(parser):
 def test_help_describes_each_flag(load, capsys):
     local = argparse.ArgumentParser()
     add_train_flags(local)
-    training = (options(local) - {"--device"}) | MODAL_FLAGS
+    training = (options(local) - {"--device", "--processes", "--threads"}) | MODAL_FLAGS
     materializing = {"--dataset", "--data-dir", "--rows-per-shard", "--secret"}
     scripts = {**dict.fromkeys(SCRIPTS.values(), training), MATERIALIZE: materializing}
     for script, flags in scripts.items():

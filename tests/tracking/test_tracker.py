@@ -7,7 +7,14 @@ from types import ModuleType
 import pytest
 
 from pupilseg.errors import UsageError
-from pupilseg.tracking import TRACKERS, RunInfo, TrackerEntry, Trackers, start
+from pupilseg.tracking import (
+    TRACKERS,
+    RunInfo,
+    TrackerEntry,
+    Trackers,
+    enabling_variables,
+    start,
+)
 
 
 class Notebook:
@@ -114,3 +121,20 @@ def test_no_trackers_do_nothing(tmp_path):
     assert not trackers
     trackers.log_file(tmp_path / "gone")
     trackers.end("FAILED")
+
+
+def test_variables_for_a_process_on_another_machine(notebook, monkeypatch):
+    for variable in TRACKERS["mlflow"].credentials:
+        monkeypatch.delenv(variable, raising=False)
+    assert enabling_variables() == {}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    monkeypatch.setenv("NOTEBOOK", "on")
+    assert enabling_variables() == {"NOTEBOOK": "on"}, "half of the variables enable nothing"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "1")
+    assert enabling_variables() == {
+        "MLFLOW_TRACKING_URI": "http://host",
+        "MLFLOW_EXPERIMENT_ID": "1",
+        "MLFLOW_TRACKING_PASSWORD": "secret",
+        "NOTEBOOK": "on",
+    }

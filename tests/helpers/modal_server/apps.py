@@ -106,7 +106,7 @@ class Apps:
 
     async def secret_get_or_create(self, request):
         name = request.deployment_name
-        secret_id = f"st-{name}"
+        secret_id = f"st-{name}" if name else self._state.new_id("st")
         if request.object_creation_type != api_pb2.OBJECT_CREATION_TYPE_UNSPECIFIED:
             self._state.secrets[secret_id] = dict(request.env_dict)
         elif secret_id not in self._state.secrets:
