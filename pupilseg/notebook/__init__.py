@@ -1,1 +1,1 @@
-"""Colab setup, and what the notebooks show."""
+"""Colab setup, and output of the notebooks."""

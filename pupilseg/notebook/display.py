@@ -1,4 +1,4 @@
-"""What the notebooks show: data, networks, a run as it goes, scores, files."""
+"""Output of the notebooks: data, networks, training progress, scores, files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 TILE_PX = (480, 300)
-"""Width and height of a frame in a picture, two side by side."""
+"""Width and height of each frame in a picture; two are side by side."""
 PICTURE_PX = 960
-"""Width of a picture on the page."""
+"""Width of a picture in the notebook."""
 
 
 def show_log() -> None:
-    """Shows what the library logs on the page."""
+    """Shows the library's log in the notebook."""
     logger = logging.getLogger("pupilseg")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -42,45 +42,45 @@ def show_log() -> None:
 
 
 def show_splits(shards_dir: Path) -> None:
-    """Prints source, split rule and counts of a directory of shards."""
+    """Prints source, split rule and counts of the shards in a directory."""
     for split in SPLITS:
         with open_shards(shards_dir / split) as shards:
-            about = shards.manifest
+            manifest = shards.manifest
             if split == SPLITS[0]:
-                print(f"source: {about['source']}; preprocessing: {about['preprocessing']}")
-                print(f"splits: {about['split_rule']}")
+                print(f"source: {manifest['source']}; preprocessing: {manifest['preprocessing']}")
+                print(f"splits: {manifest['split_rule']}")
             pupils = np.count_nonzero(shards["ellipse"][:][:, 2])
-            size = sum(file["bytes"] for file in about["files"])
+            size = sum(file["bytes"] for file in manifest["files"])
             print(
-                f"{split}: {len(shards):,} frames, {pupils:,} of them with a pupil, "
+                f"{split}: {len(shards):,} frames, {pupils:,} with a pupil, "
                 f"{size / 1e6:,.0f} MB of shards"
             )
 
 
 def show_ellipses(split_dir: Path, count: int = 4) -> None:
-    """Prints the label's ellipse of the frames that `show_frames` shows."""
+    """Prints the labels' ellipses of the frames that `show_frames` shows."""
     print(f"{'frame':24}{'cx':>8}{'cy':>8}{'rx':>8}{'ry':>8}   in px: cx, cy, rx, ry")
     with open_shards(split_dir) as shards:
         for index in _spread(len(shards), count):
             vector = shards["ellipse"][index]
-            normalised = "".join(f"{value:8.4f}" for value in vector)
+            normalized = "".join(f"{value:8.4f}" for value in vector)
             pixels = ", ".join(f"{value:.1f}" for value in vector * ELLIPSE_SCALE)
-            print(f"{shards['name'][index]:24}{normalised}   {pixels if vector[2] else 'no pupil'}")
+            print(f"{shards['name'][index]:24}{normalized}   {pixels if vector[2] else 'no pupil'}")
 
 
 def _spread(frames: int, count: int) -> list[int]:
-    """Returns at most `count` indices from all over a split."""
+    """Returns at most `count` indices, spread evenly over a split."""
     picks: list[int] = np.linspace(0, frames - 1, min(count, frames)).round().astype(int).tolist()
     return picks
 
 
 def show_frames(split_dir: Path, model_file: Path | None = None, count: int = 4) -> None:
-    """Shows frames from all over a split, with the label outlined in green.
+    """Shows frames spread over a split, with the label outlined in green.
 
     Args:
         split_dir: shards of the split.
-        model_file: beside each frame, the same one with this network's prediction in red.
-        count: of frames.
+        model_file: if given, each frame is shown again with this network's prediction in red.
+        count: number of frames.
     """
     with open_shards(split_dir) as shards:
         samples = [shards.sample(index) for index in _spread(len(shards), count)]
@@ -88,7 +88,7 @@ def show_frames(split_dir: Path, model_file: Path | None = None, count: int = 4)
     labels = [sample["label"] for sample in samples]
     nothing = np.zeros_like(labels[0])
     tiles = [[compare(*pair, nothing)] for pair in zip(images, labels, strict=True)]
-    print("green: label" if model_file is None else "left, green: label; right, red: prediction")
+    print("green: label" if model_file is None else "left: label (green); right: prediction (red)")
     if model_file is not None:
         masks = open_model(model_file).masks
         for row, image, mask in zip(tiles, images, masks(images), strict=True):
@@ -102,50 +102,52 @@ def _show(encoded: bytes) -> None:
 
 
 def show_layers(model: nn.Module) -> int:
-    """Prints a network's parts with their parameters; returns how many there are in all."""
+    """Prints the parameter count of each part of a network; returns the total."""
     counts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     for name, part in model.named_children():
         print(f"{name:10} {counts[name]:>8,}  {type(part).__name__}")
     total = sum(p.numel() for p in model.parameters())
-    print(f"{'all':10} {total:>8,}  {type(model).__name__}")
+    print(f"{'total':10} {total:>8,}  {type(model).__name__}")
     return total
 
 
 class LiveRun:
-    """Prints a line an epoch and redraws the curves above; give it to `train` as `on_epoch`.
+    """Prints one line per epoch and updates the curves; pass it to `train` as `on_epoch`.
 
     Args:
-        history_file: the run's table, which a resumed run goes on with.
+        history_file: written by the run; a resumed run extends it.
         epochs: of the whole run.
-        after_epoch: called when an epoch's files are written.
+        after_epoch: called after each epoch, when its files have been written.
     """
 
     def __init__(
         self, history_file: Path, epochs: int, after_epoch: Callable[[], None] = lambda: None
     ) -> None:
-        self._history_file, self._epochs, self._after = history_file, epochs, after_epoch
+        self._history_file = history_file
+        self._epochs = epochs
+        self._after_epoch = after_epoch
         self._picture: Any = None
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        """Shows an epoch."""
+        """Shows an epoch's row."""
         drawn = Image(training_curves(read_history(self._history_file)), width=PICTURE_PX)
         if self._picture is None:
             self._picture = display(drawn, display_id=True)
         else:
             self._picture.update(drawn)
         print(epoch_line(row, self._epochs), flush=True)
-        self._after()
+        self._after_epoch()
 
 
 def show_loss_curves(history_file: Path) -> None:
-    """Shows each term of a run's loss over its epochs."""
+    """Shows each term of a run's loss against the epoch."""
     _show(loss_curves(read_history(history_file)))
 
 
 def show_scores(metrics: Mapping[str, Any]) -> None:
-    """Prints what `evaluate_model` returns, the numbers that are compared."""
+    """Prints the most important metrics that `evaluate_model` returns."""
     print(f"{metrics['model']} on {metrics['frames']} frames ({metrics['blinks']} without a pupil)")
     for title, key in (
         ("mIoU", "miou"),
@@ -153,12 +155,13 @@ def show_scores(metrics: Mapping[str, Any]) -> None:
         ("IoU of pupil", "pupil_iou"),
     ):
         print(f"{title:24} {metrics[key]:.4f}")
-    for title, key in (("centre error", "center_error_px"), ("radius error", "radius_error_px")):
+    for title, key in (("center error", "center_error_px"), ("radius error", "radius_error_px")):
         mean, median, high = (metrics[f"{key}_{kind}"] for kind in ("mean", "median", "p95"))
-        numbers = f"{mean:.2f} px mean, {median:.2f} px median, 95 of 100 under {high:.2f} px"
+        numbers = f"{mean:.2f} px mean, {median:.2f} px median, {high:.2f} px 95th percentile"
         print(f"{title:24} {'no pupil was found' if math.isnan(mean) else numbers}")
     share = metrics["found_share"]
-    print(f"{'pupils found':24} {'there is none' if math.isnan(share) else f'{100 * share:.1f} %'}")
+    found = "no frame has a pupil" if math.isnan(share) else f"{100 * share:.1f} %"
+    print(f"{'pupils found':24} {found}")
     false = metrics["blink_false_positives"]
     print(f"{'false pupils':24} {false} in the {metrics['blinks']} frames without one")
 

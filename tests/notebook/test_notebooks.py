@@ -1,4 +1,4 @@
-"""The notebooks, run from top to bottom: here, and in what they would find in Colab."""
+"""The notebooks, run from top to bottom: locally, and with a stand-in for Colab's runtime."""
 
 import ast
 import base64
@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from importlib.util import find_spec
 
 import cv2
 import nbformat
@@ -21,11 +22,11 @@ import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from notebooks import build
 from pupilseg.export.onnx import MAX_BYTES
 from pupilseg.model_files.checkpoint import read_card
-from pupilseg.models import model_entry
-from pupilseg.models import create_model
-from pupilseg.notebook.colab import NEEDED, DriveCopy, choose_device, secret
+from pupilseg.models import create_model, model_entry
+from pupilseg.notebook.colab import OPTIONAL, REQUIRED, DriveCopy, choose_device, secret
 from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import open_shards
 from tests.helpers.hub_server import HubServer
@@ -40,7 +41,7 @@ LAYOUTS = {
     "efficientvit": ("Conner/openeds-precomputed", False),
     "ellipse": ("Conner/sddec25-01", True),
 }
-"""Repository and whether its columns are nested (revision A) or flat."""
+"""Default data set, and whether its columns are nested (revision A) or flat."""
 
 
 def read(model):
@@ -55,7 +56,7 @@ def code_cells(notebook):
 
 
 def execute(notebook, cwd, *titles, **env):
-    """Runs a notebook, or the cells of some titles, in a kernel of its own."""
+    """Runs a notebook, or its cells with the given titles, in a new kernel; pip finds nothing."""
     if titles:
         cells = code_cells(notebook)
         notebook.cells = [cells[title] for title in titles]
@@ -64,18 +65,19 @@ def execute(notebook, cwd, *titles, **env):
         notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(cwd)}}
     )
     inherited = {k: v for k, v in os.environ.items() if k != "PUPILSEG_SMOKE"}
-    client.execute(env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env})
+    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
+    client.execute(env={**inherited, **fixed, **env})
     return notebook
 
 
 def text(cell):
-    """Returns what a cell printed, as a page shows it: a carriage return starts its line anew."""
+    """Returns a cell's printed text; after a carriage return, a line starts again."""
     printed = "".join(out.text for out in cell.outputs if out.output_type == "stream")
     return re.sub(r"[^\n]*\r", "", printed)
 
 
 def pictures(cell):
-    """Returns the pictures that a cell shows."""
+    """Returns the pictures in a cell's output."""
     found = [out.data[kind] for out in cell.outputs for kind in ("image/png", "image/jpeg")
              if kind in out.get("data", {})]  # fmt: skip
     return [cv2.imdecode(np.frombuffer(base64.b64decode(p), np.uint8), 1) for p in found]
@@ -83,20 +85,31 @@ def pictures(cell):
 
 @pytest.mark.parametrize("model", MODELS)
 class TestSource:
-    def test_no_outputs_are_kept(self, model):
+    def test_outputs_are_not_stored(self, model):
         notebook = read(model)
         nbformat.validate(notebook)
         assert len(notebook.cells) <= 14
         for cell in code_cells(notebook).values():
             assert (cell.outputs, cell.execution_count, cell.metadata) == ([], None, {})
-        assert notebook.metadata.accelerator == "GPU"  # what Colab starts it with
+        assert notebook.metadata.accelerator == "GPU"  # of the runtime that Colab starts
 
-    def test_it_is_found_where_the_scripts_are(self, model):
-        link = ROOT / "training" / f"train_{model}.ipynb"
-        assert os.readlink(link) == f"../notebooks/train_{model}.ipynb"
-        assert json.loads(link.read_text())["nbformat"] == 4
+    @pytest.mark.parametrize("folder", build.FOLDERS)
+    def test_files_are_what_the_template_gives(self, model, folder):
+        """After a change of the template, run: python notebooks/build.py"""
+        path = ROOT / folder / f"train_{model}.ipynb"
+        assert not path.is_symlink()  # Colab opens files by path
+        assert path.read_text(encoding="utf-8") == build.build(model)
 
-    def test_nothing_is_defined_in_it(self, model):
+    def test_repository_and_data_set(self, model):
+        repository = "https://github.com/pupilseg/pupilseg"
+        cells = read(model).cells
+        opened = f"{repository.replace('github.com', 'colab.research.google.com/github')}/blob/main"
+        assert f"({opened}/training/train_{model}.ipynb)" in cells[0].source
+        settings = code_cells(read(model))["Settings"].source
+        assert f'REPOSITORY = "git+{repository}"' in settings
+        assert f'DATASET = "{LAYOUTS[model][0]}"' in settings
+
+    def test_it_defines_nothing(self, model):
         forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For)
         for cell in code_cells(read(model)).values():
             for node in ast.walk(ast.parse(cell.source)):
@@ -108,18 +121,20 @@ class TestSource:
                     assert top in {"pupilseg", "torch", *sys.stdlib_module_names}
 
 
-def test_they_differ_in_the_network_and_what_is_shown_of_the_data():
+def test_differences_between_the_notebooks():
     cells = [{t: c.source for t, c in code_cells(read(model)).items()} for model in MODELS]
     assert list(cells[0]) == list(cells[1])
     differ = {title for title in cells[0] if cells[0][title] != cells[1][title]}
-    assert differ == {"Settings", "Download, materialize, look"}
-    settings = [c["Settings"].replace(m, "M") for c, m in zip(cells, MODELS, strict=True)]
+    assert differ == {"Settings", "Download and show"}
+    settings = [c["Settings"] for c in cells]
+    for model in MODELS:
+        settings = [text.replace(model, "M").replace(LAYOUTS[model][0], "D") for text in settings]
     assert settings[0] == settings[1]
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def smoke(request, tmp_path_factory):
-    """A notebook after a run on rendered eyes: model, folder, cells by title."""
+    """Model, results folder and cells by title of a notebook that was run on rendered eyes."""
     folder = tmp_path_factory.mktemp("laptop")
     notebook = execute(read(request.param), folder, PUPILSEG_SMOKE="1")
     return request.param, folder / "pupilseg_run" / f"{request.param}-1", code_cells(notebook)
@@ -127,20 +142,27 @@ def smoke(request, tmp_path_factory):
 
 @pytest.mark.integration
 class TestSmoke:
-    def test_setup_says_what_it_found(self, smoke):
+    def test_setup_describes_packages_and_machine(self, smoke):
         _, _, cells = smoke
-        assert text(cells["Packages"]) == "every package is there, nothing to install\n"
+        packages = "all packages are installed\n"
+        if find_spec("torchvision") is None:
+            packages = (
+                "installing torchvision\n"
+                f"torchvision is not available for torch {torch.__version__}: continuing without "
+                "it, pupilseg does not need it\n"
+            )
+        assert text(cells["Packages"]) == packages
         assert f"torch {torch.__version__}" in text(cells["GPU"])
 
     def test_data_are_counted_and_shown(self, smoke):
         model, results, cells = smoke
-        data = cells["Download, materialize, look"]
+        data = cells["Download and show"]
         with open_shards(results.parent / "data" / "synthetic:24@1" / "shards" / "train") as shards:
             vectors = np.array(shards["ellipse"])
         assert "source: synthetic:24@1; preprocessing: none" in text(data)
         pupils = np.count_nonzero(vectors[:, 2])
-        assert f"\ntrain: 19 frames, {pupils} of them with a pupil, " in text(data)
-        assert re.search(r"^validation: 5 frames, \d of them", text(data), re.MULTILINE)
+        assert f"\ntrain: 19 frames, {pupils} with a pupil, " in text(data)
+        assert re.search(r"^validation: 5 frames, \d with", text(data), re.MULTILINE)
         (frames,) = pictures(data)
         green = (frames[..., 1] > 150) & (frames[..., 2] < 120)
         assert 200 < green.sum() < 20_000  # outlines
@@ -148,26 +170,26 @@ class TestSmoke:
             found = re.search(r"^synthetic-1-000000((?: +\d\.\d{4}){4})", text(data), re.MULTILINE)
             assert [float(v) for v in found[1].split()] == pytest.approx(vectors[0], abs=1e-4)
 
-    def test_the_network_is_summed_up(self, smoke):
+    def test_the_network_is_described(self, smoke):
         model, _, cells = smoke
         count = sum(p.numel() for p in create_model(model).parameters())
         summary = text(cells["Parameters and output shape"])
         assert f" {count:,}  {type(create_model(model)).__name__}\n" in summary
         assert f"input (2, 1, 400, 640) -> output {OUTPUTS[model]}\n" in summary
 
-    def test_training_is_seen_as_it_goes(self, smoke):
+    def test_training_shows_progress(self, smoke):
         model, results, cells = smoke
         cell = cells["Train"]
         printed = "".join(out.text for out in cell.outputs if out.output_type == "stream")
         assert re.search(r"\repoch 1 train: +\d+%", printed)
         lines = re.findall(r"^epoch +(\d)/6 .* mIoU (\S+)", text(cell), re.MULTILINE)
         assert [epoch for epoch, _ in lines] == list("123456")
-        (curves,) = pictures(cell)  # one that was drawn anew, not six
+        (curves,) = pictures(cell)  # one that was updated, not six
         assert len(np.unique(curves)) > 50
         best = max(float(iou) for _, iou in lines)
         assert f"mIoU {best:.4f}, {results / model_entry(model).best_file}\n" in text(cell)
 
-    def test_results_are_those_of_the_evaluation(self, smoke):
+    def test_scores_equal_those_of_the_evaluation(self, smoke):
         model, results, cells = smoke
         cell = cells["Curves, predictions, scores"]
         metrics = json.loads((results / "evaluation" / "metrics.json").read_text())
@@ -175,9 +197,8 @@ class TestSmoke:
         keys = {"mIoU": "miou", "IoU of background": "background_iou", "IoU of pupil": "pupil_iou"}
         assert numbers == {title: f"{metrics[key]:.4f}" for title, key in keys.items()}
         for what in ("center", "radius"):
-            title = {"center": "centre"}.get(what, what)
             mean = metrics[f"{what}_error_px_mean"]
-            assert re.search(rf"^{title} error +{mean:.2f} px mean", text(cell), re.MULTILINE)
+            assert re.search(rf"^{what} error +{mean:.2f} px mean", text(cell), re.MULTILINE)
         with (results / model_entry(model).history_file).open() as file:
             columns = next(csv.reader(file))
         terms = [name for name in columns if name.startswith("train_") and name.endswith("loss")]
@@ -192,12 +213,12 @@ class TestSmoke:
         }
         assert wanted[model] <= set(terms)
         curves, frames = pictures(cell)
-        assert curves.shape[1] == pytest.approx(462 * len(terms), abs=2)  # 4.2 in a term, 110 dpi
+        assert curves.shape[1] == pytest.approx(462 * len(terms), abs=2)  # 4.2 in per term, 110 dpi
         red = (frames[..., 2] > 150) & (frames[..., 1] < 120)
         half = frames.shape[1] // 2
         assert (red[:, :half].sum(), red[:, half:].any()) == (0, True)
 
-    def test_segmentation_has_learnt(self, smoke):
+    def test_segmentation_has_learned(self, smoke):
         model, results, _ = smoke
         if model == "efficientvit":  # measured: 0.69 to 0.79 with three seeds
             assert read_card(results / model_entry(model).best_file).metrics["valid_iou"] > 0.6
@@ -215,7 +236,7 @@ class TestSmoke:
         assert float(parity) < 1e-4
         assert Predictor(onnx)(np.full((400, 640), 128, np.uint8)).mask.shape == (400, 640)
 
-    def test_links_lead_to_the_files(self, smoke):
+    def test_links_point_to_the_files(self, smoke):
         model, results, cells = smoke
         html = "".join(out.data["text/html"] for out in cells["Download"].outputs)
         for suffix in ("pt", "onnx"):
@@ -224,7 +245,7 @@ class TestSmoke:
 
 
 def hub_files(folder, *, nested):
-    """Returns a data set repository's files."""
+    """Returns the files of a data set repository."""
     name = "data/{}-0.parquet" if nested else "{}/shard_00000.parquet"
     names = {split: name.format(split) for split in ("train", "validation")}
     frames = {"train": range(4), "validation": range(4, 6)}
@@ -236,7 +257,7 @@ def hub_files(folder, *, nested):
 @pytest.mark.integration
 @pytest.mark.parametrize("model", MODELS)
 def test_in_colab(model, tmp_path):
-    """Secrets, Hub, Drive and downloads; then, once, a new runtime that finds those on Drive."""
+    """Secrets, Hub, Drive and downloads; then, for one model, a new runtime resumes from Drive."""
     repository, nested = LAYOUTS[model]
     drive, downloads = tmp_path / "drive", tmp_path / "downloads"
     drive.mkdir()
@@ -255,7 +276,7 @@ def test_in_colab(model, tmp_path):
         }
         first = tmp_path / "first"
         cells = code_cells(execute(read(model), first, HF_HOME=str(first / "hf"), **env))
-        data = text(cells["Download, materialize, look"])
+        data = text(cells["Download and show"])
         assert f"source: {repository}@{'a' * 40}; " in data
         assert re.search(r"^train: 4 frames, 4 .*\nvalidation: 2 frames, 2 ", data, re.MULTILINE)
         results = first / "pupilseg_run" / f"{model}-1"
@@ -270,23 +291,23 @@ def test_in_colab(model, tmp_path):
         if model == "ellipse":
             return
         second = tmp_path / "second"
-        titles = ("Settings", "Packages", "GPU", "Download, materialize, look", "Train")
+        titles = ("Settings", "Packages", "GPU", "Download and show", "Train")
         again = execute(read(model), second, *titles, HF_HOME=str(first / "hf"), **env)
         train = text(again.cells[-1])
-    assert "files that an earlier runtime left on Drive\n" in train
-    assert not re.search(r"^epoch +\d", train, re.MULTILINE)  # all six were made already
+    assert re.search(r"^restored \d+ files of an earlier runtime from Drive$", train, re.MULTILINE)
+    assert not re.search(r"^epoch +\d", train, re.MULTILINE)  # all six epochs were done before
     wanted = re.search(r"^best: epoch .*, mIoU \S+", text(cells["Train"]), re.MULTILINE).group()
     assert wanted in train
 
 
 @pytest.mark.integration
-def test_without_a_gpu_it_stops_and_says_what_to_click(tmp_path):
+def test_without_a_gpu_it_stops_with_instructions(tmp_path):
     notebook = read("efficientvit")
     with pytest.raises(CellExecutionError):
         execute(notebook, tmp_path, "Settings", "Packages", "GPU", "Train", CUDA_VISIBLE_DEVICES="")
     gpu, train = notebook.cells[2:]
     (error,) = [out for out in gpu.outputs if out.output_type == "error"]
-    assert len(error.traceback) == 1  # a line, no traceback
+    assert len(error.traceback) == 1  # one line, no traceback
     assert error.traceback[0].startswith("error: this runtime has no GPU")
     assert "Runtime > Change runtime type > T4 GPU" in error.traceback[0]
     assert train.outputs == []
@@ -300,7 +321,7 @@ def test_the_gpu_is_named(capsys):
 
 @pytest.fixture
 def colab(monkeypatch, tmp_path):
-    """This process in a Colab runtime with an empty Drive."""
+    """Makes this process a Colab runtime with an empty Drive."""
     monkeypatch.syspath_prepend(str(COLAB))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my").mkdir()
@@ -310,7 +331,7 @@ def colab(monkeypatch, tmp_path):
         del sys.modules[name]
 
 
-def test_a_secret_that_is_not_there_or_not_shared_is_told(colab, monkeypatch, capsys):
+def test_a_missing_or_unshared_secret_is_reported(colab, monkeypatch, capsys):
     for value in (None, "no access"):
         if value is not None:
             monkeypatch.setenv("COLAB_SECRET_HF_TOKEN", value)
@@ -321,14 +342,14 @@ def test_a_secret_that_is_not_there_or_not_shared_is_told(colab, monkeypatch, ca
     assert capsys.readouterr().out == ""
 
 
-def test_drive_gets_what_changed_and_gives_back_what_is_missing(colab, capsys):
+def test_drive_receives_changes_and_restores_missing_files(colab, capsys):
     folder = colab / "results"
     (folder / "evaluation").mkdir(parents=True)
     names = ("state.pt", "evaluation/metrics.json")
     for name in names:
         (folder / name).write_text("old")
     (folder / ".hidden.part").write_text("half")
-    copy = DriveCopy(folder, wanted=True)
+    copy = DriveCopy(folder, enabled=True)
     copy.update()
     on_drive = colab / "my" / "pupilseg" / "results"
     assert sorted(p.name for p in on_drive.rglob("*") if p.is_file()) == [
@@ -345,17 +366,17 @@ def test_drive_gets_what_changed_and_gives_back_what_is_missing(colab, capsys):
 
     (folder / names[1]).unlink()
     (folder / names[0]).write_text("newer than on Drive")
-    DriveCopy(folder, wanted=True)
-    assert "brought back 1 files" in capsys.readouterr().out
+    DriveCopy(folder, enabled=True)
+    assert "restored 1 files" in capsys.readouterr().out
     assert [(folder / name).read_text() for name in names] == ["newer than on Drive", "old"]
 
-    shutil.rmtree(colab / "my")  # Drive went away
+    shutil.rmtree(colab / "my")  # Drive is gone
     copy.update()
-    assert capsys.readouterr().out.startswith("not copied to Drive (")
+    assert capsys.readouterr().out.startswith("could not copy to Drive (")
 
 
 def wheel(folder, name, version, requires=""):
-    """Writes a package with one empty module."""
+    """Writes a wheel with one empty module."""
     info = f"{name}-{version}.dist-info"
     members = {
         f"{name}/__init__.py": "",
@@ -371,56 +392,93 @@ def wheel(folder, name, version, requires=""):
 
 @pytest.fixture
 def in_new_environment(tmp_path):
-    """Runs a program where this environment's packages are seen, and pip writes elsewhere."""
+    """Runs programs that see this environment's packages, while pip installs elsewhere."""
     venv.create(tmp_path / "venv", symlinks=True)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "these.pth").write_text(sysconfig.get_path("purelib"))
     wheel(tmp_path, "pupilseg_probe", "1.0", "Requires-Dist: numpy\n")
     wheel(tmp_path, "pupilseg_mover", "1.0", "Requires-Dist: numpy>=99\n")
     wheel(tmp_path, "numpy", "99.0")
-    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
 
-    def run(program):
+    def run(program, path=str(ROOT)):
         return subprocess.run(
             [tmp_path / "venv" / "bin" / "python", "-c", program],
-            env={**os.environ, **env}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            env={**os.environ, **pip, "PYTHONPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     return run
 
 
 @pytest.mark.integration
-def test_what_is_missing_is_installed(in_new_environment):
+def test_missing_packages_are_installed(in_new_environment):
     done = in_new_environment(
         "from pupilseg.notebook.colab import install_missing as install\n"
         "names = {'numpy': 'numpy', 'pupilseg_probe': 'pupilseg-probe'}\n"
-        "print(install(names)); import pupilseg_probe; print(install(names))"
+        "print(install(names, {})); import pupilseg_probe; print(install(names, {}))"
     )
     assert done.stdout.splitlines() == [
         "installing pupilseg-probe",
         "['pupilseg-probe']",
-        "every package is there, nothing to install",
+        "all packages are installed",
         "[]",
     ], done.stderr
 
 
 @pytest.mark.integration
-def test_numpy_is_never_moved(in_new_environment):
-    """Not even for a package that wants another one, which pip can get."""
+def test_an_optional_package_that_does_not_exist_is_reported(in_new_environment):
+    done = in_new_environment(
+        "from pupilseg.notebook.colab import install_missing\n"
+        "print(install_missing({}, {'pupilseg_gone': 'pupilseg-gone'}))"
+    )
+    message = f"pupilseg-gone is not available for torch {torch.__version__}: continuing without"
+    assert message in done.stdout, done.stderr
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.integration
+def test_a_repository_that_is_not_public_is_reported(in_new_environment):
+    cells = code_cells(read("ellipse"))
+    settings = cells["Settings"].source.replace("git+https://", "pupilseg @ file:///gone/")
+    done = in_new_environment(settings + "\n" + cells["Packages"].source, path="")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("pip cannot install pupilseg @ file:///gone/")
+    assert "set REPOSITORY above to its path" in done.stderr
+    assert "Traceback" not in done.stderr.splitlines()[-2]
+
+
+@pytest.mark.integration
+def test_numpy_is_never_changed(in_new_environment):
+    """Not even for a package that requires another version, which pip finds."""
     done = in_new_environment(
         "from pupilseg.notebook.colab import install_missing\n"
         "from pupilseg.errors import UsageError\n"
-        "try: install_missing({'pupilseg_mover': 'pupilseg-mover'})\n"
+        "try: install_missing({'pupilseg_mover': 'pupilseg-mover'}, {})\n"
         "except UsageError as error: print(error)\n"
         "import numpy; print(numpy.__version__)"
     )
-    assert "pip cannot install pupilseg-mover beside what is there" in done.stdout, done.stderr
+    assert "pip cannot install pupilseg-mover beside the installed packages" in done.stdout, (
+        done.stderr
+    )
     assert "numpy>=99" in done.stdout
     assert done.stdout.splitlines()[-1] == np.__version__
 
 
 def test_the_packages_are_those_of_the_project():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    readers = {"pillow", "scikit-learn"}  # asked for by those who go on from the notebook
-    for package in set(NEEDED.values()) - readers:
+    specified = {"pillow", "scikit-learn"}  # for readers who extend the notebook
+    for package in set(REQUIRED.values()) - specified:
         assert re.search(rf'"{package}>=', project), package
+    (own,) = re.findall(r"^dependencies = (.*)$", project, re.MULTILINE)
+    assert set(re.findall(r'"([\w-]+)>=', own)) <= set(REQUIRED.values())
+
+
+def test_the_packages_are_those_of_the_specification():
+    text = (
+        "torch, torchvision, opencv-python, datasets, pillow, scikit-learn, tqdm, matplotlib, onnx"
+    )
+    assert set(text.split(", ")) <= {*REQUIRED.values(), *OPTIONAL.values()}

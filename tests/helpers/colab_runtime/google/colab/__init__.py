@@ -1,1 +1,1 @@
-"""Stands in for the package of Colab's runtime: what the notebooks use of it, seen on the disk."""
+"""Stand-in for the package of Colab's runtime: the parts that the notebooks use, on disk."""

@@ -1,4 +1,4 @@
-"""Drive: the folder COLAB_DRIVE, seen at the mount point."""
+"""Drive: links the folder COLAB_DRIVE to the mount point."""
 
 import os
 from pathlib import Path

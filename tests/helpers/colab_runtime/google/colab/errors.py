@@ -1,4 +1,4 @@
-"""As in Colab: base of the errors of its services."""
+"""Base class of errors, as in Colab."""
 
 
 class Error(Exception):

@@ -1,4 +1,4 @@
-"""Downloads: copied to the folder COLAB_DOWNLOADS, the user's own machine so to say."""
+"""Downloads: copies files to the folder COLAB_DOWNLOADS, which stands for the user's computer."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Secrets, from the environment: COLAB_SECRET_NAME; "no access" for one that is not shared."""
+"""Secrets: environment variables COLAB_SECRET_NAME; "no access" stands for an unshared one."""
 
 import os
 
