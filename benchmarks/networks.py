@@ -1,8 +1,8 @@
-"""Work and time of each network: multiply-adds, ONNX bytes, ms a frame.
+"""Cost of each network: multiply-adds, ONNX bytes, ms per frame.
 
 python -m benchmarks.networks [--runs 200]
 
-The networks are timed in turn, run by run, so that a slow spell of the machine hits all of them.
+The networks are timed in turns, so that a slow phase of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from benchmarks.machine import machine_line
-from pupilseg.export.onnx import INPUT_NAME, to_onnx
+from pupilseg.export.onnx import to_onnx
 from pupilseg.geometry import HEIGHT, WIDTH
-from pupilseg.model_files.onnx import onnx_session
-from pupilseg.models import create_model, list_models
+from pupilseg.model_files.onnx import INPUT_NAME, OUTPUTS, onnx_session
+from pupilseg.models import create_model, list_models, model_entry
 
 
 def multiply_adds(model: nn.Module) -> int:
@@ -33,7 +33,7 @@ def multiply_adds(model: nn.Module) -> int:
             total += output.numel() * per_value
         elif isinstance(module, nn.Linear):
             total += output.numel() * module.in_features
-        else:  # attention: scores and mixing, for every window of 25 x 40 tokens
+        else:  # attention: scores and weighted sums in all windows of the 25 x 40 tokens
             window = module.window_size[0] * module.window_size[1]
             total += 1000 * window * module.num_heads * (module.key_dim + module.head_dim)
 
@@ -53,13 +53,15 @@ def multiply_adds(model: nn.Module) -> int:
 def main() -> None:
     """Measures and prints a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
-    parser.add_argument("--runs", type=int, default=200, help="timed frames a network (200)")
-    parser.add_argument("--onnx", type=Path, help="also keep the ONNX files in this folder")
+    parser.add_argument(
+        "--runs", type=int, default=200, help="timed frames per network (default: %(default)s)"
+    )
+    parser.add_argument("--onnx", type=Path, help="folder to write the ONNX files to")
     args = parser.parse_args()
     image = np.random.default_rng(0).integers(0, 256, (1, 1, HEIGHT, WIDTH), dtype=np.uint8)
     sessions, sizes, times = {}, {}, {name: [] for name in list_models()}
     for name in list_models():
-        output = "ellipse" if name == "ellipse" else "logits"
+        output = OUTPUTS[model_entry(name).task].name
         encoded = to_onnx(create_model(name).eval(), output).SerializeToString()
         sizes[name] = len(encoded)
         sessions[name] = onnx_session(encoded, threads=1)
@@ -74,7 +76,9 @@ def main() -> None:
                 times[name].append(1e3 * (time.perf_counter() - started))
     print(machine_line("torch", "onnxruntime"))
     print(f"ONNX Runtime: 1 thread, batch 1, n = {args.runs} after 10\n")
-    print("| network | parameters | multiply-adds | ONNX bytes | ms a frame: min / median / p95 | ")
+    print(
+        "| network | parameters | multiply-adds | ONNX bytes | ms per frame: min / median / p95 |"
+    )
     print("| --- | --- | --- | --- | --- |")
     for name in list_models():
         model = create_model(name)

@@ -1,7 +1,7 @@
-"""Other ways to feed the same full batches: each stores the samples in its own form and reads them.
+"""Other loaders for the same batches, each with its own storage format.
 
-A peer is a function that stores samples in a folder and returns what makes loaders over them. One
-that is not installed raises ImportError.
+A peer is a function that stores samples in a folder and returns a factory of loaders over them. It
+raises ImportError if its package is not installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Samples = Iterable[dict[str, NDArray[Any]]]
     MakeLoader = Callable[[int, int], Iterable[tuple[Tensor, ...]]]
-    """Maps (batch size, worker processes) to an iterable of full batches, one pass an epoch."""
+    """Maps (batch size, worker processes) to an iterable of batches, one pass per epoch."""
 
 SHAPES = {
     "image": (np.uint8, (HEIGHT, WIDTH)),
@@ -55,7 +55,7 @@ def _data_loader(
 
 
 class Rows(Dataset[tuple[Any, ...]]):
-    """Rows of anything that has a length and takes an index."""
+    """Dataset over any sequence of rows."""
 
     def __init__(self, rows: Any, read: Callable[[Any], dict[str, Any]]) -> None:
         self._rows, self._read = rows, read
@@ -68,7 +68,7 @@ class Rows(Dataset[tuple[Any, ...]]):
 
 
 def _from_lists(row: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    """Reads a row of Python lists, as the earlier project does."""
+    """Reads a row of Python lists, as the earlier project did."""
     return {n: np.array(row[n], dtype=d).reshape(shape) for n, (d, shape) in SHAPES.items()}
 
 
@@ -101,7 +101,7 @@ def _parquet(samples: Samples, folder: Path) -> Any:
 
 
 def earlier(samples: Samples, folder: Path) -> MakeLoader:
-    """The earlier project's way: parquet rows as lists, `np.array(...).reshape`."""
+    """The earlier project: parquet rows as lists, `np.array(...).reshape`."""
     rows = Rows(_parquet(samples, folder), _from_lists)
     return partial(_data_loader, rows, shuffle=True)
 
@@ -113,7 +113,7 @@ def datasets_torch(samples: Samples, folder: Path) -> MakeLoader:
 
 
 def memmap(samples: Samples, folder: Path) -> MakeLoader:
-    """A `np.memmap` a column."""
+    """One `np.memmap` per column."""
     samples = list(samples)
     arrays = {}
     for name, (dtype, shape) in SHAPES.items():
@@ -121,7 +121,7 @@ def memmap(samples: Samples, folder: Path) -> MakeLoader:
         array = np.lib.format.open_memmap(path, "w+", dtype, (len(samples), *shape))
         for row, sample in enumerate(samples):
             array[row] = sample[name]
-        # Opened as privately writeable: torch warns of read-only memory.
+        # Copy-on-write, because torch warns about read-only memory.
         arrays[name] = np.load(path, mmap_mode="c")
     rows = Rows(range(len(samples)), lambda row: {n: a[row].copy() for n, a in arrays.items()})
     return partial(_data_loader, rows, shuffle=True)
@@ -177,7 +177,7 @@ def mosaic(samples: Samples, folder: Path) -> MakeLoader:
 
 
 def webdataset(samples: Samples, folder: Path) -> MakeLoader:
-    """A tar file a 64 samples, shuffled in a buffer, as WebDataset is meant to be used."""
+    """One tar file per 64 samples, with a shuffle buffer, as WebDataset recommends."""
     import webdataset as wds
 
     with wds.ShardWriter(str(folder / "eyes-%05d.tar"), maxcount=64, verbose=0) as writer:
@@ -197,10 +197,10 @@ def _unnamed(row: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def ffcv(samples: Samples, folder: Path) -> MakeLoader:
-    """One file of FFCV; its threads convert in code that Numba compiled, into reused batches.
+    """One FFCV file; its threads run Numba-compiled code and write into reused batches.
 
-    The only peer without a wheel: its extension is compiled against the OpenCV and libjpeg-turbo of
-    the system (Debian: libopencv-dev, libturbojpeg0-dev, pkg-config), then
+    The only peer without a wheel: its extension is compiled against the system's OpenCV and
+    libjpeg-turbo (Debian: libopencv-dev, libturbojpeg0-dev, pkg-config), then
     `pip install --no-build-isolation ffcv`.
     """
     from ffcv.fields import NDArrayField
@@ -230,7 +230,7 @@ def ffcv(samples: Samples, folder: Path) -> MakeLoader:
                     flat[row] = batch[row] * scale + offset
                 return out
 
-            convert.is_parallel = True  # type: ignore[attr-defined]  # FFCV reads it
+            convert.is_parallel = True  # type: ignore[attr-defined]  # an attribute that FFCV reads
             return convert
 
         def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
@@ -250,7 +250,7 @@ def ffcv(samples: Samples, folder: Path) -> MakeLoader:
         return Loader(
             path,
             batch_size=batch_size,
-            num_workers=max(workers, 1),  # its threads
+            num_workers=max(workers, 1),  # threads
             os_cache=True,
             order=OrderOption.RANDOM,
             pipelines={n: [NDArrayDecoder(), *convert.get(n, []), ToTensor()] for n in SHAPES},

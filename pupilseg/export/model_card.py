@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
-def model_card(
+def markdown_card(
     card: ModelCard,
     parameters: int,
     files: Mapping[str, Path],

@@ -13,7 +13,7 @@ import numpy as np
 
 from pupilseg.errors import UsageError
 from pupilseg.evaluate.scoring import FrameScores, score_frames, summarize
-from pupilseg.export.model_card import model_card
+from pupilseg.export.model_card import markdown_card
 from pupilseg.export.onnx import export_onnx
 from pupilseg.export.safetensors import export_safetensors
 from pupilseg.files import file_digest, read_json, write_json, write_text
@@ -111,7 +111,7 @@ def release(model_file: Path, shards: Path, out: Path, remarks: str = "") -> dic
     picture = out / f"{name}_worst.jpg"
     write_image(picture, _worst(onnx, scores))
     files = {"onnx": onnx, "weights": weights, "picture": picture}
-    text = model_card(card, exported.parameters, files, score_summary(scores), remarks)
+    text = markdown_card(card, exported.parameters, files, score_summary(scores), remarks)
     write_text(out / f"{name}.md", text)
     record = out / RECORD
     released = read_json(record, hint=f"remove {record}") if record.exists() else {}

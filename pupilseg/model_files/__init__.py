@@ -1,1 +1,1 @@
-"""Model files: checkpoints, safetensors and ONNX, and what they say of themselves."""
+"""Model files: checkpoints, safetensors and ONNX, their cards, and confidence calibration."""

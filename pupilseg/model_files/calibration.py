@@ -1,9 +1,9 @@
-"""From a raw score to the probability that a pupil's centre is within 5 px, by two numbers.
+"""Platt scaling: maps a raw score to the probability that a pupil's center is within 5 px.
 
-`p = c * sigmoid(slope * logit(raw) + intercept)`, fitted on n validation frames where something was
-found (Platt, "Probabilistic outputs for support vector machines", 1999), c = (n + 1) / (n + 2): n
-good frames promise no more of the next. Two numbers cannot follow the noise of a few
-hundred frames as a step function of the raw score would, and frames keep their order.
+`p = c * sigmoid(slope * logit(raw) + intercept)` is fitted on n validation frames in which a pupil
+was found (Platt, "Probabilistic outputs for support vector machines", 1999). The bound
+c = (n + 1) / (n + 2) is the most that n good frames are evidence for. With two parameters, the map
+cannot overfit a few hundred frames as isotonic regression could, and it keeps the order of scores.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 GOOD_PX = 5.0
-"""Centre error in px that the field calls a success."""
+"""Largest center error in px that counts as a success, as usual in the field."""
 MIN_SLOPE = 0.05
-"""Least slope: frames keep their order even where the score tells nothing of the error."""
+"""Lower bound of the slope, so that the order is kept even if the score is uninformative."""
 BINS = 10
-"""Of a reliability table, equally full."""
+"""Groups of a reliability diagram, with equally many frames."""
 _CLIP = 1e-3
-"""Raw scores are kept this far from 0 and 1, where the logit is infinite."""
+"""Minimum distance of raw scores from 0 and 1, where the logit is infinite."""
 _STEPS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A fitted map.
+    """A fitted map from raw score to probability.
 
     Attributes:
-        slope: of the logit; positive.
-        intercept: of the logit.
-        frames: that it was fitted on.
-        data: where they are from.
+        slope: factor of the logit, positive.
+        intercept: added to the scaled logit.
+        frames: number of frames it was fitted on.
+        data: their source.
     """
 
     slope: float
@@ -46,20 +46,20 @@ class Calibration:
     data: str
 
     def __call__(self, raw: float) -> float:
-        """Returns the probability for a raw score 0 .. 1."""
-        most = (self.frames + 1) / (self.frames + 2)
-        return most / (1 + math.exp(-float(self.slope * _logit(raw) + self.intercept)))
+        """Returns the probability of a raw score in [0, 1]."""
+        upper_bound = (self.frames + 1) / (self.frames + 2)
+        return upper_bound / (1 + math.exp(-float(self.slope * _logit(raw) + self.intercept)))
 
     def to_json(self) -> str:
-        """Returns the text that an ONNX file stores."""
+        """Returns the text stored in an ONNX file."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
+        """Parses the output of `to_json`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the text is something else.
         """
         stored = json.loads(text)
         try:
@@ -70,14 +70,14 @@ class Calibration:
                 str(stored["data"]),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"calibration {text!r} lacks a number") from error
+            raise ValueError(f"calibration {text!r} lacks a value") from error
         if not (found.slope > 0 and math.isfinite(found.slope + found.intercept)):
             raise ValueError(f"calibration {text!r} is not an increasing map")
         return found
 
 
 def _logit(raw: ArrayLike) -> NDArray[np.float64]:
-    """Returns log(p / (1 - p)) of clipped scores."""
+    """Returns log(p / (1 - p)) of scores clipped to [_CLIP, 1 - _CLIP]."""
     clipped = np.clip(np.asarray(raw, dtype=np.float64), _CLIP, 1 - _CLIP)
     return np.log(clipped / (1 - clipped))
 
@@ -87,13 +87,14 @@ def fit_calibration(
 ) -> Calibration:
     """Fits the map by maximum likelihood.
 
-    Two invented frames, a failure at raw 0.5 and a success at 0.95, keep it finite and increasing
-    where all frames are good or all are bad; among hundreds they weigh nothing.
+    Two pseudo-observations, a failure at a raw score of 0.5 and a success at 0.95, keep the map
+    finite and increasing if all frames are good or all are bad; among hundreds of frames, their
+    weight is negligible.
 
     Args:
-        raw: float64 (n,), scores of frames where something was found; n may be 0.
-        good: bool (n,), the centre was within `GOOD_PX`.
-        data: where the frames are from.
+        raw: float64 (n,), scores of the frames in which a pupil was found; n may be 0.
+        good: bool (n,), the center was within `GOOD_PX`.
+        data: source of the frames.
     """
     x = np.append(_logit(raw), _logit([0.5, 0.95]))
     y = np.append(good, [False, True]).astype(np.float64)
@@ -101,7 +102,7 @@ def fit_calibration(
     design = np.stack([x, np.ones_like(x)], axis=1)
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-(design @ parameters)))
-        # A ridge of 1e-3 towards the identity, for scores that separate the frames perfectly.
+        # A ridge penalty of 1e-3 toward the identity, for perfectly separable frames.
         gradient = design.T @ (p - y) + 1e-3 * (parameters - [1.0, 0.0])
         hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-3 * np.eye(2)
         step = np.linalg.solve(hessian, gradient)
@@ -115,7 +116,7 @@ def fit_calibration(
 
 
 def _intercept(logits: NDArray[np.float64], wanted: float) -> float:
-    """Returns what to add to logits so that their probabilities add up to a number, by halving."""
+    """Returns, by bisection, the shift of logits with a given sum of probabilities."""
     low, high = -30.0, 30.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -127,12 +128,12 @@ def _intercept(logits: NDArray[np.float64], wanted: float) -> float:
 
 
 class Reliability(NamedTuple):
-    """What confidences promised and what came, by groups of frames of like confidence.
+    """Reliability diagram: predicted and actual share of good frames in groups of frames.
 
     Attributes:
-        confidence: float64 (k,), mean of each group.
-        share_good: float64 (k,), within `GOOD_PX`.
-        frames: int64 (k,).
+        confidence: float64 (k,), mean confidence of each group.
+        share_good: float64 (k,), share with a center error up to `GOOD_PX`.
+        frames: int64 (k,), number of frames.
     """
 
     confidence: NDArray[np.float64]
@@ -141,7 +142,7 @@ class Reliability(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Mean distance of promise and outcome over the frames; NaN without frames."""
+        """Expected calibration error: mean difference over the frames; NaN without frames."""
         if not self.frames.sum():
             return float("nan")
         gap = np.abs(self.confidence - self.share_good)
@@ -155,8 +156,8 @@ def reliability(
 
     Args:
         confidence: float64 (n,).
-        good: bool (n,).
-        bins: largest number of groups.
+        good: bool (n,), the center was within `GOOD_PX`.
+        bins: maximum number of groups.
     """
     order = np.argsort(confidence, kind="stable")
     parts = [part for part in np.array_split(order, min(bins, max(1, len(order)))) if len(part)]
@@ -168,7 +169,7 @@ def reliability(
 
 
 def cross_fitted(raw: NDArray[np.float64], good: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Returns each frame's confidence by a map fitted on the other half of the frames."""
+    """Returns each frame's confidence from a map fitted on the other half of the frames."""
     even = np.arange(len(raw)) % 2 == 0
     found = np.empty(len(raw))
     for half in (even, ~even):

@@ -1,8 +1,8 @@
 """TinyEfficientViT: EfficientViT (MSRA) encoder of three stages, decoder with skip connections.
 
-Where the operations go was counted before the form was chosen (docs/benchmarks.md): nothing but the
-stem runs above a quarter of the image's size, attention of every stage runs over the 25 x 40 map,
-and the one-channel logit is brought to full size once, at the end, by a subpixel convolution.
+The architecture was chosen by counting operations (docs/benchmarks.md): only the stem runs above a
+quarter of the image size, the attention of every stage runs on a map of 25 x 40, and the
+one-channel logit is upsampled to full size once, at the end, by a subpixel convolution.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Widths and forms of encoder and decoder; every network takes these as keyword arguments.
+    """Sizes of encoder and decoder, the keyword arguments of every network.
 
     Attributes:
         embed_dim: channels of the three stages.
@@ -45,8 +45,8 @@ class Architecture:
         key_dim: query and key channels of a head.
         window_size: attention window on the 25 x 40 map.
         stem_dim: channels of the first convolution.
-        separable: halve the map between stages by a depthwise and a 1x1 convolution instead of one
-            dense 3x3.
+        separable: downsample between stages with a depthwise and a 1x1 convolution instead of a
+            dense 3x3 one.
         decoder_dim: channels of the decoder.
     """
 
@@ -63,7 +63,7 @@ class Architecture:
 
 
 class Encoder(nn.Module):
-    """Stem to a quarter of the size, then three stages of sandwich blocks, halving between."""
+    """Stem with stride 4, then three stages of sandwich blocks with downsampling in between."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ class Encoder(nn.Module):
             ConvNorm(arch.stem_dim, dims[0], 3, stride=2),
         )
         self.merges = nn.ModuleList(
-            _halve(before, after, separable=arch.separable) for before, after in pairwise(dims)
+            _downsample(before, after, separable=arch.separable) for before, after in pairwise(dims)
         )
         self.stages = nn.ModuleList(_stage(arch, index) for index in range(len(dims)))
 
     def forward(self, image: Tensor) -> Features:
-        """Maps images (N, 1, 400, 640) in [-1, 1] to the maps of the three stages.
+        """Maps images (N, 1, 400, 640) in [-1, 1] to the feature maps of the three stages.
 
         Raises:
-            ValueError: another shape; some would fit the windows and give wrong numbers.
+            ValueError: another shape. Some would fit the windows, but give wrong results.
         """
         if tuple(image.shape[1:]) != (1, HEIGHT, WIDTH):
             raise ValueError(
@@ -95,8 +95,8 @@ class Encoder(nn.Module):
         return Features(quarter, eighth, sixteenth)
 
 
-def _halve(before: int, after: int, *, separable: bool) -> nn.Module:
-    """Returns the convolution between two stages."""
+def _downsample(before: int, after: int, *, separable: bool) -> nn.Module:
+    """Returns the downsampling convolution between two stages."""
     if not separable:
         return ConvNorm(before, after, 3, stride=2)
     return nn.Sequential(
@@ -105,7 +105,7 @@ def _halve(before: int, after: int, *, separable: bool) -> nn.Module:
 
 
 def _stage(arch: Architecture, index: int) -> nn.Module:
-    """Returns the sandwich blocks of a stage; attention always runs over the 25 x 40 map."""
+    """Returns the sandwich blocks of a stage; its attention runs on a map of 25 x 40."""
     dim, heads = arch.embed_dim[index], arch.num_heads[index]
     stride = ATTENTION_STRIDES[index]
     return nn.Sequential(
@@ -122,7 +122,7 @@ def _stage(arch: Architecture, index: int) -> nn.Module:
 
 
 class Fusion(nn.Module):
-    """One decoder step: repeats the coarse map, adds the projected skip, mixes both."""
+    """One decoder step: upsamples the coarse map, adds the projected skip, and mixes both."""
 
     def __init__(self, skip_dim: int, dim: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Fuses the three scales by skip connections into a map of a quarter of the image's size."""
+    """Fuses the three scales through skip connections into a map at a quarter of the image size."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -152,10 +152,10 @@ class Decoder(nn.Module):
 
 
 def bilinear_subpixel_kernel(scale: int) -> Tensor:
-    """Returns the 3 x 3 kernels that make bilinear upsampling out of a subpixel convolution.
+    """Returns the 3 x 3 kernels of a subpixel convolution that equals bilinear upsampling.
 
     Output pixel k of `scale` along an axis lies at (k + 0.5) / scale - 0.5 input pixels from the
-    input pixel it belongs to (half-pixel centres), between two neighbours of the three.
+    input pixel it belongs to (half-pixel centers), between two of the three taps.
 
     Returns:
         float32 (scale * scale, 1, 3, 3), in the channel order of `pixel_shuffle`.
@@ -166,10 +166,10 @@ def bilinear_subpixel_kernel(scale: int) -> Tensor:
 
 
 class SubpixelHead(nn.Module):
-    """One logit a cell, brought to full size by a learned convolution and a pixel shuffle.
+    """One logit per cell, upsampled to full size by a learned subpixel convolution.
 
-    The kernel starts as bilinear interpolation (Shi et al., arXiv 1609.05158, for the subpixel
-    form): 2.3 million multiply-adds, where `Resize` takes 1.7 ms of ONNX Runtime's time.
+    The kernel is initialized as bilinear interpolation (subpixel convolution: Shi et al., arXiv
+    1609.05158). It takes 2.3 million multiply-adds; ONNX Runtime's `Resize` would take 1.7 ms.
     """
 
     def __init__(self, dim: int) -> None:
@@ -183,8 +183,8 @@ class SubpixelHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, dim, H, W) to logits (N, 2, 4H, 4W).
 
-        Softmax over two classes sees only the difference of the logits, so one value z a pixel is
-        computed and the logits are -z / 2 for background and z / 2 for pupil.
+        Softmax over two classes depends only on the difference z of the logits, so one value per
+        pixel is computed. The logits are -z / 2 for background and z / 2 for pupil.
         """
         half = functional.pixel_shuffle(self.upsample(self.score(x)), UPSAMPLING)
         return torch.cat([-half, half], dim=1)
@@ -194,10 +194,10 @@ class TinyEfficientViTSeg(nn.Module):
     """Pupil segmentation in under 60,000 parameters (model name `efficientvit`).
 
     Args:
-        **overrides: fields of `Architecture`; `defaults` gives the rest.
+        **overrides: fields of `Architecture`; the others are taken from `defaults`.
 
     Raises:
-        TypeError: a name that `Architecture` does not have.
+        TypeError: `Architecture` has no field of that name.
     """
 
     defaults = Architecture()
@@ -231,8 +231,8 @@ class TinyEfficientViTMicro(TinyEfficientViTSeg):
 class TinyEfficientViTBase(TinyEfficientViTSeg):
     """The same network, wider, just under 60,000 parameters (model name `efficientvit_base`).
 
-    ONNX Runtime's blocked layout computes 8 channels as 16 where the processor has AVX-512, so
-    twice the parameters take a third more time, not twice as much (docs/benchmarks.md).
+    With AVX-512, ONNX Runtime's blocked layout computes 8 channels as 16, so twice the parameters
+    take a third more time (docs/benchmarks.md).
     """
 
     defaults = Architecture(embed_dim=(16, 32, 32), stem_dim=16)

@@ -1,4 +1,4 @@
-"""The pieces of EfficientViT (MSRA): sandwich block, cascaded group attention in windows.
+"""Layers of EfficientViT (MSRA): sandwich block and cascaded group attention in windows.
 
 Liu et al., EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention, CVPR
 2023, arXiv 2305.07027; reference code microsoft/Cream, EfficientViT/classification. This is not the
@@ -13,15 +13,14 @@ from torch.nn import functional
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, then batch norm; exporters fold the two into one convolution.
+    """Convolution without bias and batch norm, which exporters fold into one convolution.
 
     Args:
         in_chans: input channels.
         out_chans: output channels.
-        kernel_size: side of the square kernel; odd kernels keep the size at stride 1.
-        stride: step of the kernel.
+        kernel_size: side of the square kernel, odd.
         groups: as in `nn.Conv2d`.
-        gain: initial value of the norm's scale; 0 makes a residual branch start as the identity.
+        gain: initial scale of the norm; with 0, a residual block starts as the identity.
     """
 
     def __init__(
@@ -77,8 +76,8 @@ class FeedForward(nn.Module):
 class RelativeBias(nn.Module):
     """Learned attention bias of a window, the sum of a row part and a column part.
 
-    The bias between tokens i and j is r[y_j - y_i] + c[x_j - x_i]: 2h - 1 + 2w - 1 numbers instead
-    of the paper's (2h - 1)(2w - 1), and no index table in the exported file.
+    The bias between tokens i and j is r[y_j - y_i] + c[x_j - x_i]: 2h - 1 + 2w - 1 parameters
+    instead of the paper's (2h - 1)(2w - 1), and no index table in the exported file.
     """
 
     def __init__(self, window_size: tuple[int, int]) -> None:
@@ -97,19 +96,19 @@ class RelativeBias(nn.Module):
 
 
 class CascadedGroupAttention(nn.Module):
-    """Attention whose heads each see their own slice of the channels plus the head before them.
+    """Attention in which each head sees its own slice of the channels plus the previous head.
 
-    Head j attends over slice j of the input with head j-1's output added (paper eq. 2 and 3), so
-    depth grows with the number of heads at no cost in parameters. Queries get a depthwise
-    convolution. Keys, queries and values are taken on a map pooled by `stride`, and the result is
-    repeated back: fine stages attend over as few tokens as the coarsest.
+    The input of head j is slice j plus the output of head j-1 (paper eq. 2 and 3), so that depth
+    grows with the number of heads without additional parameters. Queries pass a depthwise
+    convolution. Queries, keys and values are computed on a map pooled by `stride`, and the result
+    is upsampled again, so that fine stages have as few tokens as the coarsest one.
 
     Args:
         dim: channels C, a multiple of `num_heads`.
-        num_heads: heads; with one there is nothing to cascade.
-        key_dim: channels of a head's queries and keys.
+        num_heads: number of heads; one is plain attention.
+        key_dim: channels of queries and keys per head.
         window_size: (height, width) of the windows, which must tile the pooled map exactly.
-        stride: side of the pooling.
+        stride: kernel size and stride of the pooling.
     """
 
     def __init__(
@@ -144,10 +143,10 @@ class CascadedGroupAttention(nn.Module):
         return x.reshape(-1, c, height, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to the same shape; the residual is added here.
+        """Maps (N, C, H, W) to the same shape, including the residual connection.
 
         Raises:
-            ValueError: pooling and windows do not tile (H, W).
+            ValueError: the windows do not tile the pooled map.
         """
         pooled = functional.avg_pool2d(x, self.stride) if self.stride > 1 else x
         height, width = pooled.shape[-2:]
@@ -175,7 +174,7 @@ class CascadedGroupAttention(nn.Module):
 
 
 class SandwichBlock(nn.Sequential):
-    """Token mixing and feed-forward on both sides of one attention (paper eq. 1, N = 1)."""
+    """Token mixing and feed-forward before and after one attention (paper eq. 1, N = 1)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Releasing weights, and the released weights: what they are, and that they still score as told."""
+"""Releasing weights; and that the released weights have the recorded digests and scores."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ RECORDED = (
 )
 
 
-SEEN = {
+TRAINING = {
     "train_frames": 7,
     "config": {"epochs": 3, "batch_size": 4, "seed": 5},
     "metrics": {"valid_pupil_iou": 0.25, "valid_center_px": 7.5},
 }
-"""Of a card, beside what every model file says."""
+"""Card entries that the Markdown page shows."""
 
 
-def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monkeypatch):
+def test_released_files_can_be_loaded_and_scored_again(tmp_path, monkeypatch):
     monkeypatch.setattr(release, "FRAMES", 6)
     monkeypatch.setattr(release, "FEW_FRAMES", 2)
     write_shards(FakeDataset(validation=3), "validation", tmp_path / "validation")
     out = tmp_path / "weights"
-    path = model_file(tmp_path / "m.pt", **SEEN)
+    path = model_file(tmp_path / "m.pt", **TRAINING)
     entry = release.release(path, tmp_path / "validation", out, "Real eyes: 3 of 4.")
     assert json.loads((out / "released.json").read_text()) == {"efficientvit_tiny": entry}
     assert entry["renderer_version"] == RENDERER_VERSION
@@ -71,7 +71,7 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
     assert "Real eyes: 3 of 4." in card
     assert "{" not in card
 
-    # Another network's record stays.
+    # Records of other networks are kept.
     record = out / "released.json"
     record.write_text(json.dumps({"ellipse": {"scores": {}}}))
     release.release(path, tmp_path / "validation", out)
@@ -81,7 +81,7 @@ def test_what_is_released_can_be_loaded_checked_and_scored_again(tmp_path, monke
 
 @pytest.mark.parametrize("license", [DATA_LICENSE, None])
 def test_weights_trained_on_other_data_are_not_released(tmp_path, license):
-    path = model_file(tmp_path / "m.pt", **SEEN, license=license)
+    path = model_file(tmp_path / "m.pt", **TRAINING, license=license)
     with pytest.raises(UsageError, match="only weights trained on rendered eyes alone"):
         release.release(path, tmp_path / "validation", tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
@@ -89,13 +89,13 @@ def test_weights_trained_on_other_data_are_not_released(tmp_path, license):
 
 @pytest.mark.skipif(not RECORDED, reason="this build has no released weights")
 @pytest.mark.parametrize("name", RECORDED)
-def test_released_weights_are_those_recorded_and_score_as_recorded(name):
+def test_released_weights_have_the_recorded_digests_and_scores(name):
     entry = RECORDED[name]
     for file, digest in entry["sha256"].items():
         assert file_digest(WEIGHTS_DIR / file) == digest
         assert (WEIGHTS_DIR / file).stat().st_size < 300_000
     found = release.score_summary(release.score(WEIGHTS_DIR / f"{name}.onnx", release.FEW_FRAMES))
-    # Another processor may round a pixel or a logit differently.
+    # Other processors may round differently.
     assert found["pupil_iou"] == pytest.approx(entry["scores"]["pupil_iou"], abs=0.003)
     assert found["center_px"] == pytest.approx(entry["scores"]["center_px"], abs=0.1)
     assert Predictor(name).info.model == name

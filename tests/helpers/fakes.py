@@ -1,4 +1,4 @@
-"""Small data sets for tests: real `Dataset`s over drawn ellipses, no files, no renderer."""
+"""Small data sets of drawn ellipses, without files or the renderer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def random_image(rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A noisy gradient, quick to make."""
+    """Returns a noisy gradient."""
     ramp = np.linspace(0, 155, WIDTH)[None, :]
     noise = rng.integers(0, 100, (HEIGHT, WIDTH))
     return (ramp + noise).astype(np.uint8)
 
 
 def random_label(rng: np.random.Generator, *, blink_share: float = 0.1) -> NDArray[np.uint8]:
-    """An ellipse, possibly beyond the border, or nothing."""
+    """Returns an ellipse, possibly cut by the border, or an empty mask."""
     if rng.random() < blink_share:
         return np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     a, b = sorted(rng.uniform(8, 90, 2), reverse=True)
@@ -39,16 +39,17 @@ def random_label(rng: np.random.Generator, *, blink_share: float = 0.1) -> NDArr
 
 @dataclass
 class FakeDataset:
-    """Ellipses on noise; each sample depends on its index alone.
+    """A `Dataset` of ellipses on noise; each sample depends only on its split and index.
 
     Attributes:
-        train: samples of the split.
-        validation: samples of the split.
-        bad: positions whose reading raises DataError.
-        bring_weights: rows that bring their own spatial_weights of {0, value}.
-        odd_weights: rows that bring weights with no compact form.
-        odd_maps: rows that bring distance maps with no compact form.
-        kill_at: position at which the process kills itself, once: while `kill_flag` is absent.
+        train: number of training samples.
+        validation: number of validation samples.
+        bad: indices whose reading raises DataError.
+        bring_weights: index -> value, of samples with their own spatial_weights in {0, value}.
+        odd_weights: indices with weights that have no compact encoding.
+        odd_maps: indices with distance maps that have no compact encoding.
+        kill_at: index at which the process kills itself, unless `kill_flag` exists.
+        kill_flag: created before that.
         kill_parent: kill the parent process instead.
     """
 

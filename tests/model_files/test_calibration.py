@@ -1,4 +1,4 @@
-"""Confidence: an increasing map that is right among frames it was not fitted on."""
+"""Confidence calibration: an increasing map that holds for frames it was not fitted on."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,13 @@ def test_fit_finds_the_map():
     assert (found.frames, found.data) == (4000, "drawn")
 
 
-def test_what_is_promised_comes_on_other_frames():
+def test_the_map_holds_for_other_frames():
     raw, good = frames(0, 1000)
     other, outcome = frames(1)
     calibration = fit_calibration(raw, good)
-    said = np.array([calibration(score) for score in other])
-    assert reliability(said, outcome).error < 0.02 < 0.08 < reliability(other, outcome).error
-    sure = said > 0.9
+    confidence = np.array([calibration(score) for score in other])
+    assert reliability(confidence, outcome).error < 0.02 < 0.08 < reliability(other, outcome).error
+    sure = confidence > 0.9
     assert sure.sum() > 1000
     assert outcome[sure].mean() > 0.9
     assert reliability(cross_fitted(raw, good), good).error < 0.03
@@ -49,22 +49,22 @@ def test_any_frames_give_an_increasing_map(pairs, low, high):
     assert Calibration.from_json(found.to_json()) == found
 
 
-def test_a_score_that_misleads_still_keeps_its_order():
+def test_a_misleading_score_keeps_its_order():
     raw, good = np.repeat([0.2, 0.9], 20), np.repeat([True, False], 20)
     found = fit_calibration(raw, good)
     assert found(0.2) < found(0.9)
     assert found(0.9) == pytest.approx(0.5, abs=0.1)
 
 
-def test_few_good_frames_promise_little():
+def test_few_good_frames_give_a_low_bound():
     assert fit_calibration(np.full(3, 0.99), np.ones(3, bool))(0.99) <= 0.8
     assert fit_calibration(np.empty(0), np.empty(0, bool))(1.0) <= 0.5
     assert fit_calibration(np.full(998, 0.99), np.ones(998, bool))(0.99) > 0.99
 
 
-def test_reliability_groups_frames_of_like_confidence():
-    said, good = np.linspace(0, 1, 100), np.arange(100) % 2 == 0
-    table = reliability(said, good, bins=4)
+def test_reliability_groups_frames_by_confidence():
+    confidence, good = np.linspace(0, 1, 100), np.arange(100) % 2 == 0
+    table = reliability(confidence, good, bins=4)
     assert table.frames.tolist() == [25] * 4
     assert table.confidence == pytest.approx([0.121, 0.374, 0.626, 0.879], abs=1e-3)
     assert table.share_good == pytest.approx([0.52, 0.48, 0.52, 0.48])
@@ -73,5 +73,5 @@ def test_reliability_groups_frames_of_like_confidence():
 
 @pytest.mark.parametrize("text", ["", "3", "{}", '{"slope": "x"}', "null"])
 def test_other_texts_are_refused(text):
-    with pytest.raises(ValueError):  # noqa: PT011 - json's own message for some
+    with pytest.raises(ValueError):  # noqa: PT011 - some messages are those of json
         Calibration.from_json(text)

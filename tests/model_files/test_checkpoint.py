@@ -72,7 +72,7 @@ def test_round_trip_is_exact(tmp_path, name):
         assert torch.equal(found, value), key
 
 
-def test_architecture_comes_back_with_its_tuples(tmp_path):
+def test_architecture_round_trip_keeps_tuples(tmp_path):
     architecture = {"embed_dim": (8, 8, 8), "num_heads": (1, 1, 1), "decoder_dim": 8}
     model = network("efficientvit", **architecture)
     card = ModelCard(model="efficientvit", architecture=architecture)
@@ -82,7 +82,7 @@ def test_architecture_comes_back_with_its_tuples(tmp_path):
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
-def test_torch_opens_it_by_itself_and_finds_tensors_only(saved, weights):
+def test_torch_loads_a_plain_state_dict(saved, weights):
     plain = torch.load(saved, weights_only=True)
     assert type(plain) is dict
     assert plain.keys() == weights.keys()
@@ -108,14 +108,14 @@ def test_loading_and_saving_again_gives_the_same_bytes(tmp_path, saved):
     assert again.read_bytes() == saved.read_bytes()
 
 
-def test_memory_layout_does_not_reach_the_file(tmp_path, saved):
+def test_memory_layout_does_not_affect_the_file(tmp_path, saved):
     model = network().to(memory_format=torch.channels_last)
     save_model(tmp_path / "other.pt", plain_state_dict(model), CARD)
     assert (tmp_path / "other.pt").read_bytes() == saved.read_bytes()
 
 
-def test_a_compilers_prefix_is_stripped(weights):
-    """`torch.compile(model)` wraps without compiling until it is called."""
+def test_the_compilers_prefix_is_removed(weights):
+    """`torch.compile(model)` wraps the model, and compiles it only when it is called."""
     model = network()
     wrapped = torch.compile(model)
     assert all(key.startswith("_orig_mod.") for key in wrapped.state_dict())
@@ -140,11 +140,11 @@ def test_load_model_at_the_top(saved):
     assert pupilseg.load_model is load_model
 
 
-# Files that are not what they should be
+# Invalid files
 
 
 def refused(path, *texts):
-    """Both ways of opening give a CheckpointError that names the file."""
+    """Asserts that both loaders raise a CheckpointError that names the file."""
     for opener in (load_model, load_tensors):
         with pytest.raises(CheckpointError) as caught:
             opener(path)
@@ -154,7 +154,7 @@ def refused(path, *texts):
         assert text in str(caught.value)
 
 
-def test_a_missing_file_says_how_to_get_one(tmp_path):
+def test_a_missing_file_is_refused_with_a_hint(tmp_path):
     refused(tmp_path / "none.pt", "does not exist", "pipeline.train")
 
 
@@ -176,14 +176,14 @@ def test_a_truncated_file_is_refused(saved, share):
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\x80\x02]q\x00.", b"PK\x03\x04" + bytes(100)])
-def test_a_foreign_file_is_refused(tmp_path, content):
-    path = tmp_path / "foreign.pt"
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    path = tmp_path / "other.pt"
     path.write_bytes(content)
     refused(path, "is not a model file or is damaged")
 
 
-def test_a_flipped_bit_in_the_weights_is_noticed(saved):
-    """Torch does not look at the archive's checksums."""
+def test_a_flipped_bit_in_the_weights_is_detected(saved):
+    """Torch itself ignores the archive's checksums."""
     data = bytearray(saved.read_bytes())
     with zipfile.ZipFile(saved) as archive:
         tensors = [info for info in archive.infolist() if "/data/" in info.filename]
@@ -194,8 +194,8 @@ def test_a_flipped_bit_in_the_weights_is_noticed(saved):
     refused(saved, "checksum")
 
 
-def test_no_flipped_bit_anywhere_gets_out_as_another_error(saved):
-    """Each tenth byte of what is not weights: headers, pickle, description, directory."""
+def test_flipped_bits_raise_no_other_error(saved):
+    """A sample of the bytes that are not weights: headers, pickle, card, directory."""
     data = saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         pickled = next(i for i in archive.infolist() if i.filename.endswith("data.pkl"))
@@ -212,14 +212,14 @@ def test_no_flipped_bit_anywhere_gets_out_as_another_error(saved):
         saved.write_bytes(changed)
         try:
             load_model(saved)
-            outcomes.add("loaded")  # a bit that says nothing: a date, an attribute
+            outcomes.add("loaded")  # a bit without effect: a date, an attribute
         except CheckpointError:
             outcomes.add("refused")
     assert outcomes == {"loaded", "refused"}
 
 
 def rewritten(path, member, content):
-    """Replaces a member of the archive, with a right checksum."""
+    """Replaces a member of the archive, with a correct checksum."""
     temporary = path.with_suffix(".new")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
         for info in old.infolist():
@@ -233,7 +233,7 @@ def card_with(path, **changes):
     rewritten(path, CARD_MEMBER, json.dumps({**read_card(path).to_dict(), **changes}))
 
 
-def test_a_file_without_a_description_says_what_to_do(tmp_path, weights):
+def test_a_file_without_a_card_is_refused_with_a_hint(tmp_path, weights):
     path = tmp_path / "plain.pt"
     torch.save(weights, path)
     with pytest.raises(CheckpointError, match=r"plain\.pt does not record .* create_model\(\)"):
@@ -242,12 +242,12 @@ def test_a_file_without_a_description_says_what_to_do(tmp_path, weights):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe", b"3"])
-def test_a_damaged_description_is_refused(saved, content):
+def test_a_damaged_card_is_refused(saved, content):
     rewritten(saved, CARD_MEMBER, content)
     refused(saved)
 
 
-def test_another_format_version_asks_for_an_upgrade(saved):
+def test_a_newer_format_requires_an_upgrade(saved):
     card_with(saved, format=2)
     with pytest.raises(CheckpointError, match=r"format 2, .* reads 1; upgrade pupilseg"):
         load_model(saved)
@@ -271,7 +271,7 @@ def test_a_network_that_cannot_be_built_is_refused(saved, changes):
     assert caught.value.exit_code == 1
 
 
-def test_weights_of_another_network_are_named(saved):
+def test_weights_of_another_network_are_refused(saved):
     card_with(saved, model="efficientvit")
     with pytest.raises(CheckpointError) as caught:
         load_model(saved)
@@ -280,7 +280,7 @@ def test_weights_of_another_network_are_named(saved):
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "text"])
-def test_one_weight_that_differs_is_named_and_nothing_is_loaded(weights, change):
+def test_a_differing_weight_is_named_and_nothing_is_loaded(weights, change):
     name = "head.score.weight"
     other = {key: value + 1 for key, value in weights.items()}
     if change == "missing":
@@ -295,7 +295,7 @@ def test_one_weight_that_differs_is_named_and_nothing_is_loaded(weights, change)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def test_tensors_that_are_not_named_are_refused(tmp_path):
+def test_unnamed_tensors_are_refused(tmp_path):
     path = tmp_path / "list.pt"
     torch.save([torch.zeros(2)], path)
     with pytest.raises(CheckpointError, match="holds a list, expected named tensors"):
@@ -303,7 +303,7 @@ def test_tensors_that_are_not_named_are_refused(tmp_path):
 
 
 class Evil:
-    """Unpickled by pickle itself, it makes a file."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, flag):
         self.flag = str(flag)
@@ -325,7 +325,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, saved, form):
     refused(saved)
     assert not flag.exists()
     pickle.loads(pickle.dumps(evil))
-    assert flag.exists()  # it would have run
+    assert flag.exists()  # the payload works
 
 
 # Writing
@@ -333,7 +333,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, saved, form):
 
 @pytest.mark.parametrize("write", [save_model, lambda p, w, _: save_state(p, w)], ids=["m", "s"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(saved, weights, write):
-    """The limit on file size is a real fault of the system's write, like a full disk."""
+    """A limit on file size makes the system's write fail, as a full disk does."""
     old = saved.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     import signal
@@ -364,7 +364,7 @@ def test_a_rename_that_fails_leaves_the_old_file(saved, weights, monkeypatch):
 
 
 def test_killed_while_writing_leaves_a_whole_file(tmp_path, saved):
-    """A process writes one file after another and is killed in the middle of it."""
+    """Kills a process that overwrites the file again and again."""
     program = (
         "import sys, torch\n"
         "from pupilseg.model_files.card import ModelCard\n"
@@ -386,7 +386,7 @@ def test_killed_while_writing_leaves_a_whole_file(tmp_path, saved):
     shutil.rmtree(tmp_path)
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_a_state_round_trip_is_exact(tmp_path):
     generator = torch.Generator().manual_seed(3)
     state = {"step": 3, "text": "x", "random": generator.get_state(), "nested": {"a": [1.5, None]}}
     save_state(tmp_path / "s.pt", state)

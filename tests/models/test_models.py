@@ -1,4 +1,4 @@
-"""One suite for every network in the registry, and the parts of EfficientViT against NumPy."""
+"""Tests of every registered network, and of the parts of EfficientViT against NumPy."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from pupilseg.models.layers import CascadedGroupAttention, RelativeBias
 
 PARAMETERS = {
     "efficientvit": 25_785,
-    "efficientvit_tiny": 9_933,
+    "efficientvit_tiny": 9_737,
     "efficientvit_base": 57_521,
     "ellipse": 25_625,
 }
@@ -46,7 +46,7 @@ def images(frames, seed=0):
 
 
 def perturbed(name, seed=0):
-    """A network as training leaves it: no gain, bias or statistic at the value it starts from."""
+    """A network with gains, biases and statistics that differ from their initial values."""
     torch.manual_seed(seed)
     model = create_model(name)
     generator = torch.Generator().manual_seed(seed)
@@ -57,19 +57,19 @@ def perturbed(name, seed=0):
         for key, value in model.state_dict().items():
             if key.endswith(".1.weight") and value.ndim == 1:  # gains of the norms
                 value.add_(0.3)
-        if name == "ellipse":  # else every cell of every frame is sure that it is pupil
+        if name == "ellipse":  # otherwise every cell of every frame is saturated
             model.score.weight.mul_(0.02)
             model.score.bias.fill_(-6)
     return model
 
 
 def main(output):
-    """The network's answer, without what the ellipse network adds to it in training."""
+    """The output, without the map that the ellipse network adds in training."""
     return output.ellipse if isinstance(output, tuple) else output
 
 
 def all_of(output):
-    """Every number of an output, as one vector a frame."""
+    """All numbers of an output as one vector per frame."""
     parts = output if isinstance(output, tuple) else (output,)
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
@@ -79,17 +79,23 @@ def run(model, image):
         return model.eval()(image)
 
 
-def test_every_model_has_its_numbers_here():
+def test_every_model_is_listed_above():
     assert set(list_models()) == set(PARAMETERS) == set(LIMITS) == set(CLASSES)
 
 
 @every_model
-def test_parameters_to_the_unit_and_under_the_limit(name):
+def test_parameters_are_as_listed_and_below_the_limit(name):
     model = create_model(name)
     count = sum(p.numel() for p in model.parameters())
     assert type(model) is CLASSES[name]
     assert count == PARAMETERS[name]
     assert count < LIMITS[name]
+
+
+def test_default_architectures_are_those_specified():
+    small, micro = TinyEfficientViTSeg.defaults, TinyEfficientViTMicro.defaults
+    assert (small.embed_dim, small.depth, small.num_heads) == ((8, 16, 24), (1, 1, 1), (1, 1, 2))
+    assert (micro.embed_dim, micro.num_heads, micro.decoder_dim) == ((8, 12, 18), (1, 1, 1), 8)
 
 
 @every_model
@@ -140,7 +146,7 @@ def test_a_gradient_reaches_every_parameter(name):
 
 @every_model
 def test_steps_from_the_start_bring_a_gradient_to_every_parameter(name):
-    """Gains that start at zero hide what is behind them at first; nothing may stay stuck."""
+    """Gains that start at zero block gradients at first, but not after a few steps."""
     torch.manual_seed(0)
     model = create_model(name).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -173,7 +179,7 @@ def test_the_same_seed_gives_the_same_weights(name):
 
 @every_model
 def test_channels_last_gives_the_same_output(name):
-    # In float64: the perturbed logits go to thousands, and in float32 rounding follows them.
+    # In float64: the perturbed logits reach thousands, which magnifies rounding in float32.
     model, image = perturbed(name).double(), images(2).double()
     plain = run(model, image)
     model = model.to(memory_format=torch.channels_last)
@@ -186,18 +192,18 @@ def test_channels_last_gives_the_same_output(name):
     "shape",
     [
         *[(1, 1, 200, 320), (1, 1, 640, 400), (1, 3, 400, 640)],
-        *[(1, 1, 480, 640), (1, 1, 800, 640), (5, 1, 400, 768)],  # whole numbers of windows
+        *[(1, 1, 480, 640), (1, 1, 800, 640), (5, 1, 400, 768)],  # multiples of the window size
     ],
     ids=str,
 )
-def test_another_shape_is_refused_and_named(name, shape):
+def test_other_shapes_are_rejected(name, shape):
     with pytest.raises(ValueError, match=r"400.*640"):
         create_model(name).eval()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ["efficientvit", "efficientvit_tiny"])
-def test_the_whole_frame_is_seen_and_kept_in_place(name):
-    """A change at the border or in the middle moves the logits there, and not those far away."""
+def test_local_changes_have_local_effects(name):
+    """A change at the border or in the middle affects the logits there, and not those far away."""
     model = perturbed(name)
     before = run(model, images(1))
     for y, x in [(4, 4), (4, 620), (380, 4), (380, 620), (200, 320)]:
@@ -216,13 +222,11 @@ def test_logits_are_two_halves_of_one_number():
 
 
 def test_architecture_can_be_overridden():
-    model = create_model(
-        "efficientvit", embed_dim=(8, 8, 8), depth=(1, 2, 1), num_heads=(1, 2, 4)
-    )
+    model = create_model("efficientvit", embed_dim=(8, 8, 8), depth=(1, 2, 1), num_heads=(1, 2, 4))
     assert run(model, images(1)).shape == (1, 2, 400, 640)
 
 
-def test_unknown_model_names_those_there_are_and_the_nearest():
+def test_unknown_model_error_lists_the_models_and_the_closest_one():
     with pytest.raises(UsageError, match=r"'eficientvit'.*efficientvit_tiny.*mean 'efficientvit'"):
         create_model("eficientvit")
     with pytest.raises(UsageError) as caught:
@@ -252,7 +256,7 @@ def test_public_names_at_the_top():
 
 
 def attention(dim=6, heads=3, window=(2, 3), stride=1, seed=0):
-    """In evaluation mode, with every weight and statistic away from its start."""
+    """A layer in evaluation mode whose weights and statistics differ from their initial values."""
     torch.manual_seed(seed)
     layer = CascadedGroupAttention(dim, heads, 4, window, stride).double().eval()
     with torch.no_grad():
@@ -283,7 +287,7 @@ def numpy_conv(x, block, groups=1):
 
 
 def numpy_attention(layer, x, *, cascade=True):
-    """The layer on one frame (C, H, W), one window, query and key at a time."""
+    """Computes the layer on one frame (C, H, W), one query and window at a time."""
     stride, (wh, ww) = layer.stride, layer.window_size
     c, h, w = x.shape
     pooled = x.reshape(c, h // stride, stride, w // stride, stride).mean(axis=(2, 4))
@@ -340,7 +344,7 @@ def test_attention_equals_a_loop_over_windows(options, size):
 
 
 def exposed(**options):
-    """An attention layer whose output minus input is its heads' outputs after the ReLU."""
+    """An attention layer whose residual is the heads' outputs after the ReLU."""
     layer = attention(dim=4, heads=2, **options)
     conv, norm = layer.project
     with torch.no_grad():
@@ -351,7 +355,7 @@ def exposed(**options):
 
 
 def test_heads_cascade():
-    """Head 1 sees head 0's slice through head 0 alone; head 0 never sees head 1's."""
+    """Head 1 depends on the slice of head 0 through head 0 only; head 0 never depends on head 1."""
     layer = exposed()
     x = torch.rand(1, 4, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
@@ -364,7 +368,7 @@ def test_heads_cascade():
 
     assert heads_moved_by(0) == [True, True]
     assert heads_moved_by(1) == [False, True]
-    # The cascade cut: head 0 gives zeros, so nothing of its slice can reach head 1.
+    # With the cascade cut (head 0 returns zeros), its slice cannot affect head 1.
     with torch.no_grad():
         norm = layer.qkv[0][1]
         norm.weight[-2:], norm.bias[-2:] = 0, 0
@@ -372,7 +376,7 @@ def test_heads_cascade():
     assert heads_moved_by(1) == [False, True]
 
 
-def test_the_segmentation_network_has_heads_to_cascade():
+def test_the_segmentation_network_has_cascaded_heads():
     heads = [
         m.num_heads
         for m in create_model("efficientvit").modules()
@@ -392,7 +396,7 @@ def test_windows_that_do_not_tile_are_refused():
         attention()(torch.zeros(1, 6, 5, 6, dtype=torch.float64))
 
 
-def test_relative_bias_depends_on_the_offset_alone():
+def test_relative_bias_depends_on_the_offset_only():
     bias = RelativeBias((2, 3))
     with torch.no_grad():
         bias.rows.copy_(torch.tensor([10.0, 20, 30]))
@@ -423,27 +427,27 @@ def test_segmentation_starts_with_a_bilinear_head():
 
 
 class Cover(torch.nn.Module):
-    """In place of the map's convolution: logits of the shares of pupil in the cells of masks.
+    """Replaces the last convolution: returns logits of the share of pupil in each cell of masks.
 
     Args:
         masks: uint8 (N, 400, 640).
-        sure: logit of a cell that is all pupil; its negative where there is none.
+        limit: logit of a cell that is all pupil; cells without pupil have its negative.
     """
 
-    def __init__(self, masks, sure=30.0):
+    def __init__(self, masks, limit=30.0):
         super().__init__()
         pixels = torch.from_numpy(np.stack(masks)).double()[:, None]
         share = functional.avg_pool2d(pixels, 4)
-        self.logits = torch.logit(share, eps=1e-12).clamp(-sure, sure).float()
+        self.logits = torch.logit(share, eps=1e-12).clamp(-limit, limit).float()
 
     def forward(self, features):
         return self.logits
 
 
-def moments_of(masks, *, mixed=False, sure=30.0):
-    """What the network makes of a map: (N, 4) in px."""
+def moments_of(masks, *, mixed=False, limit=30.0):
+    """Returns the network's output for perfect maps of masks: (N, 4) in px."""
     model = create_model("ellipse").eval()
-    model.score = Cover(masks, sure)
+    model.score = Cover(masks, limit)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         found = run(model, images(len(masks)))
     assert found.dtype == torch.float32
@@ -458,15 +462,15 @@ def drawn(x, y, a, b, angle=0.0):
 @given(
     st.floats(40, 600), st.floats(30, 370), st.floats(20, 65), st.floats(0.7, 1), st.floats(0, 3)
 )
-def test_a_map_of_any_ellipse_gives_the_ellipse_of_the_masks_moments(x, y, a, flat, angle):
-    """Tilted and cut by the border too: the numbers are the moments of what is in the frame."""
+def test_moments_of_a_map_equal_those_of_the_mask(x, y, a, flat, angle):
+    """Also of tilted ellipses and of those cut by the border, whose visible part counts."""
     mask = drawn(x, y, a, a * flat, angle)
     expected = ellipse_vector(mask) * ELLIPSE_SCALE
     np.testing.assert_allclose(moments_of([mask])[0], expected, rtol=0, atol=0.3)
 
 
-def test_the_moments_of_cells_have_next_to_no_bias():
-    """Where cells are coarsest against the pupil; 0.1 px is 1.4 % of the area."""
+def test_the_moments_of_cells_have_little_bias():
+    """For small pupils, where cells are coarsest; 0.1 px is 1.4 % of the area."""
     rng = np.random.default_rng(0)
     masks = [drawn(*rng.uniform(150, 250, 2), *rng.uniform(14, 18, 2)) for _ in range(60)]
     expected = np.stack([ellipse_vector(mask) for mask in masks]) * ELLIPSE_SCALE
@@ -475,7 +479,7 @@ def test_the_moments_of_cells_have_next_to_no_bias():
     assert np.abs(error[2:]).max() < 0.1
 
 
-def test_mixed_precision_keeps_the_numbers():
+def test_mixed_precision_keeps_the_precision():
     masks = [drawn(601.3, 377.8, 22, 18)]
     plain, mixed = moments_of(masks), moments_of(masks, mixed=True)
     np.testing.assert_allclose(mixed, plain, rtol=0, atol=1e-3)
@@ -484,18 +488,18 @@ def test_mixed_precision_keeps_the_numbers():
     assert output.cover.dtype == output.ellipse.dtype == torch.float32
 
 
-def test_a_dark_corner_moves_nothing():
-    """Smaller than the pupil, or less sure of itself: the fullest place is the pupil's."""
+def test_a_dark_corner_has_no_effect():
+    """If it is smaller than the pupil, the fullest square is on the pupil."""
     pupil, corner = drawn(400.2, 220.7, 34, 30), drawn(30, 60, 20, 20)
     alone, both = moments_of([pupil]), moments_of([pupil | corner])
     np.testing.assert_allclose(both, alone, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("sure", [3.0, 6.0])
-def test_a_map_that_is_never_sure_of_nothing_has_no_tails(sure):
-    """At a logit of -3 each of 16,000 cells has a share of 0.05, more than the pupil in all."""
+@pytest.mark.parametrize("limit", [3.0, 6.0])
+def test_low_shares_do_not_add_up(limit):
+    """At a logit of -3, 16,000 cells have a share of 0.05 each, in total more than the pupil."""
     mask = drawn(200.4, 150.6, 18, 15)
-    np.testing.assert_allclose(moments_of([mask], sure=sure), moments_of([mask]), atol=0.3)
+    np.testing.assert_allclose(moments_of([mask], limit=limit), moments_of([mask]), atol=0.3)
 
 
 def test_a_map_without_pupil_has_no_size():
@@ -506,20 +510,20 @@ def test_a_map_without_pupil_has_no_size():
     assert (found[2, 2:] > 7).all()
 
 
-def test_a_full_map_is_finite_and_normalised():
+def test_a_full_map_is_finite_and_normalized():
     found = moments_of([np.ones((400, 640), np.uint8)]) / ELLIPSE_SCALE
     assert found.min() >= 0
     assert found.max() <= 1
 
 
-def test_ellipse_output_is_normalised():
+def test_ellipse_output_is_normalized():
     for seed in range(3):
         output = run(perturbed("ellipse", seed), images(3, seed))
         assert output.min() >= 0
         assert output.max() <= 1
 
 
-def test_the_map_comes_along_in_training_and_on_request():
+def test_the_map_is_returned_in_training_and_on_request():
     model, image = perturbed("ellipse"), images(2)
     plain = run(model, image)
     model.with_map = True
