@@ -60,3 +60,14 @@ def gate(server):
     gate = Gate(server.port)
     yield gate
     gate.kill()
+
+
+@pytest.fixture(scope="session")
+def in_colab(tmp_path_factory):
+    """Returns a function: name of a network -> folder of `run_in_colab` of its notebook."""
+    from functools import partial
+
+    from tests.helpers.notebooks import run_in_colab
+    from tests.helpers.shared import once
+
+    return lambda model: once(tmp_path_factory, f"colab-{model}", partial(run_in_colab, model))

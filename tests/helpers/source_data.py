@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_mask, ellipse_vector
@@ -123,3 +124,34 @@ def write_openeds(
         cv2.imwrite(str(folder / f"{number}.png"), image)
         np.save(folder / f"{number}.npy", label)
     return folder
+
+
+def hub_files(folder: Path, *, nested: bool, own_targets: bool = False) -> dict[str, bytes]:
+    """Returns the files of a data set repository with 4 frames to train and 2 to validate.
+
+    Args:
+        folder: receives the files.
+        nested: revision A, or else revision B.
+        own_targets: with targets that differ from those computed from the labels, so that a test
+            can see that they are used.
+    """
+    name = "data/{}-0.parquet" if nested else "{}/shard_00000.parquet"
+    frames = {"train": range(4), "validation": range(4, 6)}
+    files = {}
+    for split, numbers in frames.items():
+        columns = table(numbers, nested=nested)
+        if own_targets:
+            for column in ("spatial_weights", "dist_map"):
+                columns[column] = _halved(columns[column])
+            for column in {"cx", "cy", "rx", "ry"} & columns.keys():
+                columns[column] = pc.multiply(columns[column], 0.875).cast(columns[column].type)
+        path = name.format(split)
+        files[path] = write(folder / path, columns).read_bytes()
+    return files
+
+
+def _halved(array: pa.Array) -> pa.Array:
+    """Returns nested lists with half of each number."""
+    if pa.types.is_list(array.type):
+        return pa.ListArray.from_arrays(array.offsets, _halved(array.values))
+    return pc.multiply(array, pa.scalar(0.5, array.type))

@@ -1,7 +1,6 @@
 """The notebooks, run from top to bottom: locally, and with a stand-in for Colab's runtime."""
 
 import ast
-import base64
 import csv
 import json
 import os
@@ -14,12 +13,10 @@ import venv
 import zipfile
 from importlib.util import find_spec
 
-import cv2
 import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from notebooks import build
@@ -29,58 +26,24 @@ from pupilseg.models import create_model, model_entry
 from pupilseg.notebook.colab import OPTIONAL, REQUIRED, DriveCopy, choose_device, secret
 from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import open_shards
-from tests.helpers.hub_server import HubServer
+from tests.helpers.notebooks import (
+    COLAB,
+    COMMIT,
+    DATASETS,
+    TOKEN,
+    code_cells,
+    execute,
+    executed,
+    pictures,
+    read,
+    results_of,
+    run_in_colab,
+    text,
+)
 from tests.helpers.paths import ROOT
-from tests.helpers.source_data import table, write
 
-COLAB = ROOT / "tests" / "helpers" / "colab_runtime"
 MODELS = ("efficientvit", "ellipse")
 OUTPUTS = {"efficientvit": "(2, 2, 400, 640)", "ellipse": "(2, 4)"}
-TOKEN = "hf_of_nobody"
-LAYOUTS = {
-    "efficientvit": ("Conner/openeds-precomputed", False),
-    "ellipse": ("Conner/sddec25-01", True),
-}
-"""Default data set, and whether its columns are nested (revision A) or flat."""
-
-
-def read(model):
-    return nbformat.read(ROOT / "notebooks" / f"train_{model}.ipynb", nbformat.NO_CONVERT)
-
-
-def code_cells(notebook):
-    """Returns title -> cell."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    titles = [re.match(r"# @title (.+)", cell.source).group(1) for cell in cells]
-    return dict(zip(titles, cells, strict=True))
-
-
-def execute(notebook, cwd, *titles, **env):
-    """Runs a notebook, or its cells with the given titles, in a new kernel; pip finds nothing."""
-    if titles:
-        cells = code_cells(notebook)
-        notebook.cells = [cells[title] for title in titles]
-    cwd.mkdir(exist_ok=True)
-    client = NotebookClient(
-        notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(cwd)}}
-    )
-    inherited = {k: v for k, v in os.environ.items() if k != "PUPILSEG_SMOKE"}
-    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
-    client.execute(env={**inherited, **fixed, **env})
-    return notebook
-
-
-def text(cell):
-    """Returns a cell's printed text; after a carriage return, a line starts again."""
-    printed = "".join(out.text for out in cell.outputs if out.output_type == "stream")
-    return re.sub(r"[^\n]*\r", "", printed)
-
-
-def pictures(cell):
-    """Returns the pictures in a cell's output."""
-    found = [out.data[kind] for out in cell.outputs for kind in ("image/png", "image/jpeg")
-             if kind in out.get("data", {})]  # fmt: skip
-    return [cv2.imdecode(np.frombuffer(base64.b64decode(p), np.uint8), 1) for p in found]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -107,7 +70,7 @@ class TestSource:
         assert f"({opened}/training/train_{model}.ipynb)" in cells[0].source
         settings = code_cells(read(model))["Settings"].source
         assert f'REPOSITORY = "git+{repository}"' in settings
-        assert f'DATASET = "{LAYOUTS[model][0]}"' in settings
+        assert f'DATASET = "{DATASETS[model]}"' in settings
 
     def test_it_defines_nothing(self, model):
         forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.For)
@@ -128,7 +91,7 @@ def test_differences_between_the_notebooks():
     assert differ == {"Settings", "Download and show"}
     settings = [c["Settings"] for c in cells]
     for model in MODELS:
-        settings = [text.replace(model, "M").replace(LAYOUTS[model][0], "D") for text in settings]
+        settings = [text.replace(model, "M").replace(DATASETS[model], "D") for text in settings]
     assert settings[0] == settings[1]
 
 
@@ -244,60 +207,38 @@ class TestSmoke:
             assert f"href='{file.relative_to(results.parents[1])}'" in html
 
 
-def hub_files(folder, *, nested):
-    """Returns the files of a data set repository."""
-    name = "data/{}-0.parquet" if nested else "{}/shard_00000.parquet"
-    names = {split: name.format(split) for split in ("train", "validation")}
-    frames = {"train": range(4), "validation": range(4, 6)}
-    for split, name in names.items():
-        write(folder / name, table(frames[split], nested=nested))
-    return {name: (folder / name).read_bytes() for name in names.values()}
+@pytest.mark.integration
+@pytest.mark.parametrize("model", MODELS)
+def test_in_colab(model, in_colab):
+    """Secrets, Hub, Drive and downloads."""
+    folder = in_colab(model)
+    cells = code_cells(executed(folder))
+    repository = DATASETS[model]
+    data = text(cells["Download and show"])
+    assert f"source: {repository}@{COMMIT}; " in data
+    assert re.search(r"^train: 4 frames, 4 .*\nvalidation: 2 frames, 2 ", data, re.MULTILINE)
+    results = results_of(folder, model)
+    sent = {f"best_{model}_model.pt", f"best_{model}_model.onnx"}
+    assert {file.name for file in (folder / "downloads").iterdir()} == sent
+    kept = folder / "drive" / "pupilseg" / f"{model}-1"
+    assert f"results are copied to {folder / 'content' / 'drive'}" in text(cells["Train"])
+    for name in (*sent, model_entry(model).state_file, model_entry(model).history_file):
+        assert (kept / name).read_bytes() == (results / name).read_bytes()
+    for name in sent:
+        assert (folder / "downloads" / name).read_bytes() == (results / name).read_bytes()
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("model", MODELS)
-def test_in_colab(model, tmp_path):
-    """Secrets, Hub, Drive and downloads; then, for one model, a new runtime resumes from Drive."""
-    repository, nested = LAYOUTS[model]
-    drive, downloads = tmp_path / "drive", tmp_path / "downloads"
-    drive.mkdir()
-    downloads.mkdir()
-    files = hub_files(tmp_path / "repository", nested=nested)
-    with HubServer(repository, {"a" * 40: files}, {"main": "a" * 40}, token=TOKEN) as hub:
-        env = {
-            "PUPILSEG_SMOKE": repository,
-            "PYTHONPATH": f"{ROOT}:{COLAB}",
-            "COLAB_SECRET_HF_TOKEN": TOKEN,
-            "COLAB_DRIVE": str(drive),
-            "COLAB_DOWNLOADS": str(downloads),
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "no_proxy": "*",
-        }
-        first = tmp_path / "first"
-        cells = code_cells(execute(read(model), first, HF_HOME=str(first / "hf"), **env))
-        data = text(cells["Download and show"])
-        assert f"source: {repository}@{'a' * 40}; " in data
-        assert re.search(r"^train: 4 frames, 4 .*\nvalidation: 2 frames, 2 ", data, re.MULTILINE)
-        results = first / "pupilseg_run" / f"{model}-1"
-        sent = {f"best_{model}_model.pt", f"best_{model}_model.onnx"}
-        assert {file.name for file in downloads.iterdir()} == sent
-        kept = drive / "pupilseg" / f"{model}-1"
-        assert f"results are copied to {first / 'drive'}" in text(cells["Train"])
-        for name in (*sent, model_entry(model).state_file, model_entry(model).history_file):
-            assert (kept / name).read_bytes() == (results / name).read_bytes()
-        for name in sent:
-            assert (downloads / name).read_bytes() == (results / name).read_bytes()
-        if model == "ellipse":
-            return
-        second = tmp_path / "second"
-        titles = ("Settings", "Packages", "GPU", "Download and show", "Train")
-        again = execute(read(model), second, *titles, HF_HOME=str(first / "hf"), **env)
-        train = text(again.cells[-1])
+def test_a_new_runtime_resumes_from_drive(in_colab, tmp_path):
+    first = in_colab("efficientvit")
+    shutil.copytree(first / "drive", tmp_path / "drive")
+    titles = ("Settings", "Packages", "GPU", "Download and show", "Train")
+    run_in_colab("efficientvit", tmp_path, *titles)
+    train = text(executed(tmp_path).cells[-1])
     assert re.search(r"^restored \d+ files of an earlier runtime from Drive$", train, re.MULTILINE)
     assert not re.search(r"^epoch +\d", train, re.MULTILINE)  # all six epochs were done before
-    wanted = re.search(r"^best: epoch .*, mIoU \S+", text(cells["Train"]), re.MULTILINE).group()
-    assert wanted in train
+    before = text(code_cells(executed(first))["Train"])
+    assert re.search(r"^best: epoch .*, mIoU \S+", before, re.MULTILINE).group() in train
 
 
 @pytest.mark.integration
