@@ -87,6 +87,7 @@ def same(first, second):
     assert state["rows"].equal(other["rows"])
 
 
+@pytest.mark.long
 def test_sigkill_at_random_moments_costs_only_the_current_epoch(data_dir, undisturbed, tmp_path):
     whole, start_s, epoch_s = undisturbed
     out = tmp_path / "out"
@@ -130,9 +131,10 @@ def run(folder):
 """
 
 
-def test_a_kill_before_each_change_to_a_file(data_dir, tmp_path):
+def test_a_kill_before_each_change_to_a_file(tmp_path):
     """Goes through every state of the files that a kill can leave."""
-    words = line(data_dir, tmp_path, epochs=2)[3:]
+    shards = write_eyes(tmp_path / "data", train=2, validation=1)  # an epoch is one step
+    words = line(shards, tmp_path, epochs=2)[3:]
     del words[words.index("--out") : words.index("--out") + 2]
     with Victim(f"STATE, LINE = {STATE!r}, {words}" + TRAIN) as victim:
         victim.run(tmp_path / "undisturbed")
