@@ -115,13 +115,14 @@ class EpochMetrics:
         pixels = label.numel()
         found_px = mask.float()
         true_px = (label != 0).float()
-        # Matrix products, because sums over bool take three times as long; whole numbers of this
-        # size are exact in float32, and in TF32.
+        # Matrix products, because sums over bool take three times as long; the pixels of one frame
+        # are counted exactly in float32, and in TF32. Those of 66 frames exceed 2^24.
         rows = found_px @ self._columns  # (N, H, 2): sums of 1 and of x along each row
         area, sum_x = rows.to(self._dtype).sum(dim=1).unbind(dim=1)  # (N,)
         sum_y = rows[:, :, 0].to(self._dtype) @ self._rows
-        intersection = torch.bmm(found_px.view(frames, 1, -1), true_px.view(frames, -1, 1)).sum()
-        union = area.sum() + true_px.sum() - intersection
+        overlap = torch.bmm(found_px.view(frames, 1, -1), true_px.view(frames, -1, 1))  # (N, 1, 1)
+        intersection = overlap.to(self._dtype).sum()
+        union = area.sum() + true_px.sum(dim=(1, 2)).to(self._dtype).sum() - intersection
         center = torch.stack([sum_x, sum_y], dim=1) / area.clamp(min=1)[:, None]  # (N, 2) px
         distance = (center - ellipse[:, :2] * self._pixels).square().sum(dim=1).sqrt()
         has_pupil = ellipse[:, 2] > 0

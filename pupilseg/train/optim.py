@@ -54,6 +54,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                 values[name] = torch.empty_like(parameter).copy_(value)
 
 
+def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """Returns a gradient scaler's state with its two changing values as tensors on the device.
+
+    `GradScaler.state_dict` reads them, for which the host waits.
+    """
+    if not scaler.is_enabled() or scaler._scale is None:  # None: not used yet
+        return scaler.state_dict()
+    return {
+        "scale": scaler._scale,
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+        "_growth_tracker": scaler._growth_tracker,
+    }
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
+    """Loads a state from `scaler_state` or `GradScaler.state_dict`."""
+    numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    scaler.load_state_dict(numbers)
+
+
 class WeightAverage:
     """Exponential moving average (EMA) of a network's weights and norm statistics.
 

@@ -23,7 +23,9 @@ from pupilseg.train.optim import (
     copy_where,
     learning_rate,
     load_optimizer,
+    load_scaler,
     parameter_groups,
+    scaler_state,
 )
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ class TrainState:
             "averaged": self.average.network.state_dict(),
             "averaged_steps": self.average.steps,
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": scaler_state(self.scaler),
             "random": self.random.get_state(),
             "rows": self.rows,
             "best_iou": self.best_iou,
@@ -217,7 +219,7 @@ class TrainState:
         for name, value in self.best_weights.items():
             value.copy_(stored["best"][name])
         load_optimizer(self.optimizer, stored["optimizer"])
-        self.scaler.load_state_dict(stored["scaler"])
+        load_scaler(self.scaler, stored["scaler"])
         self.random.set_state(stored["random"])
         self.rows.copy_(stored["rows"])
         self.best_iou.copy_(stored["best_iou"])

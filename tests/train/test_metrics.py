@@ -166,6 +166,21 @@ def test_counts_stay_exact_over_a_million_frames():
     assert change["background_intersection"] == 255999
 
 
+def test_counts_of_a_large_batch_are_exact():
+    """66 full frames less a pixel: an odd number above 2^24, which float32 would round."""
+    metrics = EpochMetrics(["loss"], CPU)
+    mask = torch.ones(66, 400, 640, dtype=torch.bool)
+    mask[0, 0, 0] = False
+    label = mask.clone()
+    label[1, 0, 0] = False
+    metrics.update(NO_LOSS, mask, label, torch.zeros(66, 4))
+    change = dict(zip(metrics.names, metrics.sums.tolist(), strict=True))
+    assert change["pupil_intersection"] == 66 * 256_000 - 2
+    assert change["pupil_union"] == 66 * 256_000 - 1
+    assert change["background_intersection"] == 1
+    assert change["background_union"] == 2
+
+
 def test_updates_keep_no_autograd_graph():
     metrics = EpochMetrics(["loss"], CPU)
     loss = torch.ones((), requires_grad=True) * 2

@@ -1,6 +1,7 @@
 """Learning rate, parameter groups and averaged weights."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from pupilseg.train.optim import (
     copy_where,
     learning_rate,
     load_optimizer,
+    load_scaler,
     parameter_groups,
+    scaler_state,
 )
 
 
@@ -151,3 +154,39 @@ def test_an_optimizer_resumes_in_any_memory_format():
     step(first, optimizer, 2)
     step(second, other, 2)
     assert torch.equal(first.weight, second.weight)
+
+
+def scaled_step(scaler, gradient):
+    """Makes a step whose scaled gradient is finite or not."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler.scale(weight.sum()).backward()
+    weight.grad.fill_(gradient)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_a_scaler_resumes_from_tensors_or_numbers():
+    scaler = torch.amp.GradScaler("cpu", growth_interval=3)
+    for gradient in (1.0, math.inf, 1.0, 1.0):  # the scale is halved; two good steps follow
+        scaled_step(scaler, gradient)
+    expected = scaler.state_dict()
+    assert (expected["scale"], expected["_growth_tracker"]) == (2.0**15, 2)
+    for stored in (HostCopy(scaler_state(scaler)).read(), expected):
+        other = torch.amp.GradScaler("cpu", growth_interval=3)
+        load_scaler(other, stored)
+        assert other.state_dict() == expected
+        scaled_step(other, 1.0)
+        assert other.get_scale() == 2.0**16
+
+
+def test_the_state_of_a_scaler_is_not_read_from_its_device():
+    """Reading it would wait for the device at the end of each epoch."""
+    scaler = torch.amp.GradScaler("cpu")
+    assert scaler_state(scaler) == scaler.state_dict()  # not used yet
+    scaled_step(scaler, 1.0)
+    state = scaler_state(scaler)
+    assert state.keys() == scaler.state_dict().keys()
+    assert isinstance(state["scale"], torch.Tensor)
+    assert isinstance(state["_growth_tracker"], torch.Tensor)
+    load_scaler(torch.amp.GradScaler("cpu", enabled=False), {})
