@@ -1,6 +1,5 @@
 """Bad input: each program reports what is wrong, exits with a non-zero code and loses no data."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 
-from pupilseg.cli.program import main_program
 from pupilseg.model_files.card import ModelCard
 from pupilseg.model_files.checkpoint import save_model
 from pupilseg.models import create_model
@@ -17,23 +15,15 @@ from pupilseg.shards.writer import write_shards
 from pupilseg.sources import SourceOptions, download
 from tests.helpers.fakes import FakeDataset
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import run_here
 
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def program(capfd, monkeypatch):
+def program(name, *args):
     """Runs a program of the pipeline in this process; returns its exit code and stderr."""
-
-    def run(name, *args):
-        module = importlib.import_module(f"pipeline.{name}")
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main_program(module.main)
-        return ended.value.code, capfd.readouterr().err
-
-    return run
+    done = run_here("-m", f"pipeline.{name}", *args)
+    return done.returncode, done.stderr
 
 
 def process(name, *args):
@@ -76,7 +66,7 @@ def model_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("source", ["synthetic:many", "no such place", "synthetic:0"])
-def test_unknown_source(program, source, tmp_path):
+def test_unknown_source(source, tmp_path):
     refused(program("download", "--source", source, "--out", tmp_path / "raw"), 2, source)
 
 
@@ -87,7 +77,7 @@ def test_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["unreadable", "label values", "label shape", "color"])
-def test_bad_frame_in_an_openeds_folder(program, fault, tmp_path):
+def test_bad_frame_in_an_openeds_folder(fault, tmp_path):
     subject = tmp_path / "eyes" / "S_1"
     subject.mkdir(parents=True)
     for index in range(5):
@@ -123,7 +113,7 @@ def test_missing_split(tmp_path, shards):
     refused(result, 1, "validation")
 
 
-def test_another_source_in_the_same_place(program, tmp_path):
+def test_another_source_in_the_same_place(tmp_path):
     raw = tmp_path / "raw"
     download("synthetic:4@0", raw, options=SourceOptions())
     before = (raw / "source.json").read_bytes()
@@ -143,12 +133,12 @@ def test_another_source_in_the_same_place(program, tmp_path):
         (["--model", "ellipse", "--resume"], ["resume"]),
     ],
 )
-def test_invalid_request(program, flags, words, shards, tmp_path):
+def test_invalid_request(flags, words, shards, tmp_path):
     result = program("train", "--shards", shards, "--out", tmp_path / "out", *flags)
     refused(result, 2, *words)
 
 
-def test_checkpoint_of_another_model(program, model_file, shards, tmp_path):
+def test_checkpoint_of_another_model(model_file, shards, tmp_path):
     result = program(
         "train", "--model", "efficientvit", "--shards", shards, "--out", tmp_path,
         "--batch-size", "2", "--resume", model_file,
@@ -158,7 +148,7 @@ def test_checkpoint_of_another_model(program, model_file, shards, tmp_path):
 
 @pytest.mark.parametrize("name", ["evaluate", "export"])
 @pytest.mark.parametrize("fault", ["missing", "truncated", "not a model"])
-def test_invalid_model_file(program, name, fault, model_file, shards, tmp_path):
+def test_invalid_model_file(name, fault, model_file, shards, tmp_path):
     path = tmp_path / "model.pt"
     if fault == "truncated":
         path.write_bytes(model_file.read_bytes()[:5000])
@@ -173,7 +163,7 @@ def test_invalid_model_file(program, name, fault, model_file, shards, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_output_disk(program, kind, shards, tmp_path):
+def test_output_disk(kind, shards, tmp_path):
     """On a real small file system, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()

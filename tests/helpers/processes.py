@@ -1,13 +1,53 @@
-"""Programs that run during a test: their output is watched, and their children are killed too."""
+"""Programs that run during a test, in this process or in one that is watched and killed."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
+
+from tests.helpers.paths import ROOT
+
+
+def run_here(*command, env=None):
+    """Runs a Python program in this process, which saves 3 to 5 s of importing torch again.
+
+    An exception other than `SystemExit`, which would be a traceback of the program, is raised.
+
+    Args:
+        command: words after `python`, such as `-m`, `pipeline.train`, `--epochs`, `1`.
+        env: variables to add to the environment.
+    """
+    is_module = command[0] == "-m"
+    name, *args = map(str, command[1:] if is_module else command)
+    out, err = io.StringIO(), io.StringIO()
+    folder = [] if is_module else [str((ROOT / name).parent)]
+    with (
+        patch.dict(os.environ, env or {}),
+        patch.object(sys, "argv", [name, *args]),
+        patch.object(sys, "path", [*folder, *sys.path]),
+        patch.object(logging.getLogger("pupilseg"), "handlers", []),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            if is_module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 class Program:
