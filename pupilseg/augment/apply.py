@@ -39,10 +39,10 @@ def augment(
     Columns that no part changes are the batch's own tensors, not copies.
 
     Args:
-        batch: on any device. Columns that were not loaded, empty tensors, stay empty.
+        batch: on any device. Columns that were not loaded (empty tensors) stay empty.
         config: strengths.
-        generator: on the batch's device if that is CUDA, else on the CPU; in the same state on all
-            ranks.
+        generator: on the batch's device for CUDA, otherwise on the CPU. Its state must be the same
+            on all ranks.
         ranks: the processes that share a batch.
         compiled: on CUDA, fuse the operations with `torch.compile` at the first batch. Without a
             working compiler, one warning is logged and they run one by one; the squared distances
@@ -93,8 +93,8 @@ def make_plan(
     for part in PARTS:
         if part.is_on(config):
             part.check(batch, config)
-    # Drawn for the batches of all ranks, each of which takes its own frames: n ranks do to each
-    # frame what a single process does.
+    # Each rank draws the numbers of the global batch and keeps those of its own frames, so a frame
+    # is augmented the same way with any number of ranks.
     shape = (len(batch) * ranks.world_size, sum(part.numbers for part in PARTS))
     values = torch.rand(shape, generator=generator, device=generator.device)
     values = values[ranks.rank :: ranks.world_size]
@@ -104,7 +104,7 @@ def make_plan(
         plan[part.name] = part.draw(numbers, batch, config, plan)
         assert numbers.taken == part.numbers, (
             f"augmentation part {part.name} took {numbers.taken} random numbers per frame, "
-            f"expected {part.numbers}, as it declares"
+            f"expected {part.numbers}, the value of its attribute `numbers`"
         )
     return plan
 
@@ -119,14 +119,15 @@ def augment_on_device(
 ) -> Batch:
     """Returns the augmented batch, computed in torch on whole batches.
 
-    No value is read back: every frame takes every step, and a select restores what it did not
-    draw. Meant to be compiled on CUDA. On the CPU, `augment_on_host` takes a tenth of the time.
+    No value is read back to the host: every part runs on every frame, and a select restores the
+    frames that the part does not change. Meant to be compiled on CUDA. On the CPU,
+    `augment_on_host` takes a tenth of the time.
 
     Args:
         batch: on any device; not written to.
         plan: from `make_plan`, on the same device.
         config: selects the parts; their parameters are in the plan.
-        constants: from the function of that name.
+        constants: from the function `constants`.
     """
     on = [part for part in PARTS if part.is_on(config)]
     for part in on:
@@ -140,8 +141,8 @@ def augment_on_host(batch: Batch, plan: Plan, config: AugmentConfig) -> Batch:
     """Returns the augmented batch, computed frame by frame with OpenCV on the CPU.
 
     The result equals that of `augment_on_device` within 1e-5, except for the pixels described in
-    `Move`. A frame pays only for the parts that it drew. Frames are divided among as many threads
-    as torch may use; OpenCV and NumPy release the GIL.
+    `Move`. Only the parts that change a frame are run on it. The frames are divided among as many
+    threads as torch may use; OpenCV and NumPy release the GIL.
 
     Args:
         batch: on the CPU; not written to.
@@ -177,7 +178,7 @@ def augment_on_host(batch: Batch, plan: Plan, config: AugmentConfig) -> Batch:
 
 
 def _rows(drawn: Any) -> list[Any]:
-    """Returns a draw per frame: Python numbers, and arrays where a frame has several values."""
+    """Splits a draw by frame, into Python numbers (arrays where a frame has several values)."""
     values = (list(v.numpy()) if v.ndim > 1 else v.tolist() for v in drawn)
     return [type(drawn)(*row) for row in zip(*values, strict=True)]
 

@@ -37,7 +37,7 @@ class BlurDraw(NamedTuple):
 
 
 class Blur(Part[BlurDraw]):
-    """Blurs frames with replicated borders; frames with sigma 0 keep their bits."""
+    """Blurs frames with replicated borders; frames with sigma 0 are unchanged."""
 
     name = "blur"
     numbers = 2
@@ -58,7 +58,8 @@ class Blur(Part[BlurDraw]):
     def on_device(
         self, batch: Batch, drawn: BlurDraw, config: AugmentConfig, constant: Tensor | None
     ) -> Batch:
-        # Not a convolution: on CUDA it would be rounded to TF32 where the training loop allows it.
+        # A sum of shifted images: a convolution would be rounded to TF32 on CUDA whenever the
+        # training loop allows TF32.
         image, sigma = batch.image, drawn.sigma
         tap = torch.arange(-RADIUS, RADIUS + 1, device=image.device)
         kernel = (-0.5 * (tap / sigma.clamp(min=0.1)[:, None]).square()).exp()

@@ -19,9 +19,9 @@ def _strength(default: float, text: str) -> Any:
 class AugmentConfig:
     """Strength of each part of the augmentation; 0 turns a part off.
 
-    Each field's metadata holds its help text. One random number decides on both scale and shift:
-    with equal shares, the same frames get both, because a frame that moves at all needs new
-    targets, which is most of the cost.
+    Each field's metadata holds its help text. A single random number decides both scale and shift,
+    so with equal shares the same frames get both. This is faster: most of the cost is recomputing
+    the targets, which every scaled or shifted frame needs.
 
     Raises:
         UsageError: a value is out of range.
@@ -49,8 +49,8 @@ class AugmentConfig:
     offset: float = _strength(0.1, "added brightness U(-offset, offset), image in [-1, 1]")
     noise: float = _strength(
         0.05,
-        "largest standard deviation of Gaussian noise on white, image in [-1, 1]; on black half "
-        "of it, linear in between, as shot noise and read noise add up in a sensor",
+        "largest standard deviation of Gaussian noise on white, image in [-1, 1]; falls linearly "
+        "to half of it on black, like the shot noise and read noise of a sensor",
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class AugmentConfig:
         if not 0 < self.radius_min <= self.radius_max:
             raise UsageError(
                 f"augment: radii from {self.radius_min} to {self.radius_max} px, expected "
-                "0 < radius_min <= radius_max; to keep the sizes as they are, set scale = 0"
+                "0 < radius_min <= radius_max; to leave pupil sizes unchanged, set scale = 0"
             )
         if not 0 <= self.blur_sigma <= LARGEST_SIGMA:
             raise UsageError(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pupilseg.loader.loader import Batch
 
 LAST_X = (WIDTH - 1) / WIDTH
-"""Pixel centers are integers, so cx px is mirrored to width - 1 - cx px; here in units of width."""
+"""The last column in units of the width. Pixel centers are integers, so a flip maps cx to
+`LAST_X - cx`."""
 
 
 class FlipDraw(NamedTuple):

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pupilseg.loader.loader import Batch
 
 SMALLEST, LARGEST = 0.5, 2.0
-"""Bounds of the scale. At 0.5, bilinear sampling still reads every second pixel, so there is little
-aliasing (of noise and lashes); it is not filtered out, since a coarser camera shows it too."""
+"""Limits of the scale factor. At 0.5, bilinear sampling still reads every second pixel, so noise
+and lashes alias only a little. No filter removes this, since low-resolution cameras alias too."""
 
 
 class MoveDraw(NamedTuple):
@@ -52,7 +52,8 @@ class MoveDraw(NamedTuple):
 class Move(Part[MoveDraw]):
     """Scales frames about the pupil's center, then shifts them.
 
-    In the two forms, labels differ only at pixels whose interpolated value is within 1e-3 of 1/2.
+    The labels of the host form and the device form differ only at pixels whose interpolated value
+    is within 1e-3 of 1/2.
     The targets are always exactly those of the label.
     """
 
@@ -144,7 +145,7 @@ class Move(Part[MoveDraw]):
 
 
 class _Scratch:
-    """Memory of one thread."""
+    """Buffers reused by one thread."""
 
     def __init__(self) -> None:
         self.level = np.empty((HEIGHT, WIDTH), np.float32)
@@ -184,8 +185,8 @@ def _ellipses(batch: Batch) -> Tensor:
 def _place(scale: Tensor, center: Tensor, shift: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Returns size and first pixel of the scaled frames along one axis, int32 (N,) each.
 
-    The pupil's center, px, is the fixed point of the scale; the shift, in units of `length`, is
-    added to it, and keeps it within the frame.
+    Scaling leaves the pupil's center (px) in place. The shift (in units of `length`) then moves it,
+    clamped to the frame.
     """
     pixels = (scale * length).round()
     goal = (center + shift * length).clamp(0, length - 1)
@@ -215,7 +216,7 @@ def _samples(first: Tensor, pixels: Tensor, length: int) -> tuple[Tensor, Tensor
     Both (N, length).
     """
     place = torch.arange(length, device=first.device) - first[:, None]
-    # Rounded once: the product is exact, since it has at most 20 bits and a half.
+    # Only the division rounds: the product has at most 20 bits plus one half, so it is exact.
     at = (place + 0.5) * length / pixels[:, None] - 0.5
     return at.clamp(0, length - 1), (place >= 0) & (place < pixels[:, None])
 

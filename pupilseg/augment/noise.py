@@ -28,7 +28,7 @@ class NoiseDraw(NamedTuple):
 
     Attributes:
         deviation: float32 (N,), standard deviation on white, of either sign.
-        first: int32 (N,), where the frame's window of the noise field begins.
+        first: int32 (N,), index in the noise field of the first value of the frame's window.
     """
 
     deviation: Tensor
@@ -80,9 +80,9 @@ class Noise(Part[NoiseDraw]):
 def noise_field(device: torch.device) -> Tensor:
     """Returns the standard normal values that all noise is cut from, float32 (1,280,000,).
 
-    Fresh values would cost a CPU 1.2 ms per frame, more than all other parts together. A frame
-    takes one of 1,024,001 windows with one of two signs and its own scale: within a window the
-    values are independent, and no two frames of an epoch are likely to share them.
+    Fresh values would take a CPU 1.2 ms per frame, more than all other parts together. Each frame
+    uses one of 1,024,001 windows of this field with a random sign and a scale of its own. The
+    values in a window are independent, and two frames of an epoch rarely share a window.
     """
     generator = torch.Generator().manual_seed(FIELD_SEED)
     return on_device(torch.randn(FIELD_VALUES, generator=generator), device)

@@ -72,16 +72,17 @@ class Part(ABC, Generic[Drawn]):
         return torch.ones(len(drawn[0]), dtype=torch.bool)
 
     def constant(self, device: torch.device) -> Tensor | None:
-        """Returns a tensor that `on_device` needs besides the draw, made once per device."""
+        """Returns a tensor that `on_device` needs in addition to the draw, made once per device."""
         return None
 
     @abstractmethod
     def on_device(
         self, batch: Batch, drawn: Drawn, config: AugmentConfig, constant: Tensor | None
     ) -> Batch:
-        """Returns the changed batch; must compile to one graph, so it reads no value back.
+        """Returns the changed batch.
 
-        Frames that the part does not change are restored by a select.
+        Must compile to one graph, so it cannot read values back to the host. Frames that the part
+        does not change are restored by a select.
         """
 
     @abstractmethod
@@ -108,19 +109,19 @@ class Numbers:
         self.taken = 0
 
     def one(self) -> Tensor:
-        """Returns (N,)."""
+        """Returns the next column, (N,)."""
         return self.many(1)[:, 0]
 
     def many(self, count: int) -> Tensor:
-        """Returns (N, count)."""
+        """Returns the next columns, (N, count)."""
         first, self.taken = self.taken, self.taken + count
         return self._values[:, first : self.taken]
 
 
 class Scratch:
-    """Memory that a thread reuses for every frame.
+    """Buffers that a thread reuses for every frame.
 
-    Fresh arrays cost more in page faults than the work done in them.
+    Allocating new arrays would cost more in page faults than the computation itself.
 
     Attributes:
         plane: float32 (400, 640), for use within one call.
@@ -131,7 +132,7 @@ class Scratch:
         self._kept: dict[Callable[[], Any], Any] = {}
 
     def keep(self, make: Callable[[], Kept]) -> Kept:
-        """Returns the thread's own `make()`, called the first time only."""
+        """Returns this thread's object from `make`, which is called only the first time."""
         if make not in self._kept:
             self._kept[make] = make()
         kept: Kept = self._kept[make]
@@ -147,7 +148,7 @@ class HostFrame:
         scratch: of the calling thread.
 
     Attributes:
-        columns: column -> present values, a view of the batch until a part writes to the column.
+        columns: column -> current values, a view of the batch until a part writes to the column.
         out: column -> array in the result.
         scratch: of the calling thread.
     """
@@ -160,7 +161,7 @@ class HostFrame:
         self.scratch = scratch
 
     def writable(self, column: str) -> NDArray[Any]:
-        """Returns a column's present values in the result, to be changed in place."""
+        """Returns a column of the result, to be changed in place; copies it on first use."""
         array = self.out[column]
         if self.columns[column] is not array:
             np.copyto(array, self.columns[column])
@@ -169,11 +170,11 @@ class HostFrame:
 
     @property
     def image(self) -> Field:
-        """The image, float32 (400, 640), to be changed in place."""
+        """The image, float32 (400, 640), for in-place changes."""
         image: Field = self.writable("image")[0]
         return image
 
 
 def per_frame(values: Tensor, like: Tensor) -> Tensor:
-    """Returns (N,) shaped to broadcast over the frames of `like`."""
+    """Reshapes values (N,) so that they broadcast over the frames of `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))

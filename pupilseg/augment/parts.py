@@ -24,6 +24,6 @@ PARTS: tuple[Part[Any], ...] = (
 )
 """All parts in the order in which they draw and are applied.
 
-A new part that is not the last one changes the random numbers of the parts after it, and with them
-the result of every seed.
+Append new parts at the end: inserting one earlier changes the random numbers of all parts after it,
+and so the result of every seed.
 """

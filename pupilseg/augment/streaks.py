@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from pupilseg.loader.loader import Batch
 
 RAYS = 8
-"""Most streaks in a frame."""
+"""Maximum number of streaks in a frame."""
 SINGLE_SHARE = 1 / 3
-"""Share of streaked frames that show a single line, twice as long, instead of rays."""
+"""Share of streaked frames with a single line, twice as long, instead of rays."""
 RAY_SHARE = 0.7
 """Probability of each ray after the first."""
 MARGIN_PX = 60
-"""Distance that a source may lie above or below the frame."""
+"""Largest distance of a source above or below the frame."""
 START_PX = 60
 LENGTH_PX = (40, 320)
 X = np.arange(WIDTH, dtype=np.float32)
@@ -96,7 +96,7 @@ class Streaks(Part[StreaksDraw]):
     def on_host(self, frame: HostFrame, drawn: Any, config: AugmentConfig) -> None:
         image = frame.image
         for k in np.flatnonzero(drawn.glow):
-            # Only within the bounding box of the streak: there is no light outside it.
+            # Only within the bounding box of the streak, which adds no light outside it.
             ray, thickness, length = drawn.ray[k], drawn.thickness[k], drawn.length[k]
             near = drawn.source + drawn.start[k] * ray
             ends = np.stack([near, near + length * ray])

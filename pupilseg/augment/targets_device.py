@@ -2,7 +2,7 @@
 
 The results equal those of `pupilseg.maps` and `geometry.ellipse_vector` for each frame: squared
 distances, distance maps and weights to the bit, ellipses within 1e-6. No value is read back to the
-host, so everything compiles and nothing synchronizes. Numbers are inserted with `masked_fill`,
+host, so everything compiles and nothing synchronizes. Constants are written with `masked_fill`,
 because `torch.where` copies a Python number to CUDA and waits for the copy.
 """
 
@@ -16,14 +16,15 @@ from pupilseg.geometry import RADIUS_UNIT
 from pupilseg.maps import CANNY_THRESHOLDS, DILATION_KERNEL, EDGE_WEIGHT, MAX_DISTANCE_SQUARED
 
 FAR = 1 << 14
-"""More rows than any frame has; the square exceeds every u^2 in a frame and fits into int32."""
+"""Larger than any frame height; its square exceeds every u^2 in a frame and fits into int32."""
 BLOCK_VALUES = 1 << 24
 """Size of one temporary of the uncompiled row pass: 64 MiB as int32."""
 CANNY_SHIFT = 15
 TAN_22_5 = 13573
 """tan(22.5 degrees) with 15 fractional bits, the constant `TG22` in OpenCV's `canny.cpp`."""
 WEIGHT = float(EDGE_WEIGHT)
-"""A Python number: converting NumPy's while tracing breaks the graph."""
+"""Converted to a Python number here, because converting a NumPy scalar during tracing breaks the
+graph."""
 assert CANNY_THRESHOLDS[1] < 255, "any step of a 0/255 image must be a strong edge"
 assert DILATION_KERNEL.shape == (2, 1), "the dilation below is that of a 2 x 1 column"
 
@@ -46,7 +47,8 @@ def squared_distance(label: Tensor) -> Tensor:
     height = pupil.shape[1]
     row = torch.arange(height, dtype=torch.int32, device=pupil.device)[:, None]
     steps = pupil[:, 1:] != pupil[:, :-1]
-    # Where the class changes between two rows, each is the other's nearest row of the other class.
+    # Where the class changes between two adjacent rows, each is the nearest row of the other class
+    # for its neighbor.
     above = F.pad(row[:-1].masked_fill(~steps, -FAR), (0, 0, 1, 0), value=-FAR)
     below = F.pad(row[1:].masked_fill(~steps, FAR), (0, 0, 0, 1), value=FAR)
     nearest_above = above.cummax(dim=1).values
@@ -57,7 +59,7 @@ def squared_distance(label: Tensor) -> Tensor:
 
 def _along_rows(column: Tensor, pupil: Tensor) -> Tensor:
     """Returns u^2 from the squared distances within columns, both (rows, W)."""
-    if torch.compiler.is_compiling():  # one fused kernel that stores nothing of size W x W
+    if torch.compiler.is_compiling():  # one fused kernel without W x W temporaries
         return _least_in_row(column, pupil)
     rows = max(1, BLOCK_VALUES // column.shape[1] ** 2)
     blocks = zip(column.split(rows), pupil.split(rows), strict=True)

@@ -26,7 +26,7 @@ class TargetMaker:
 
         Args:
             label: bool (400, 640).
-            new: column -> array, filled with the same bits that `maps` and `geometry` give.
+            new: column -> array, filled with exactly the values that `maps` and `geometry` give.
         """
         np.copyto(new["label"], label)
         np.copyto(self._mask, label)

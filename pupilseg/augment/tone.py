@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pupilseg.loader.loader import Batch
 
 LIFT = 1 + 1e-6
-"""Added before the logarithm: resampling and blur may leave -1 - 1e-7 on black."""
+"""Added before the logarithm, because resampling and blur can produce -1 - 1e-7 on black."""
 
 
 class ToneDraw(NamedTuple):

@@ -1,8 +1,8 @@
 """A renderer of near-infrared eyes: images with exact labels, determined by an index and a seed.
 
-A frame has the same bytes in every process and in any order, on one machine; vector units of
-another processor may round a pixel differently. No files are read. The only thing taken from
-recorded eyes are the ranges of the parameters. The steps:
+On one machine, a frame has the same bytes in every process and in any order; the vector units of
+another processor may round a pixel differently. No files are read. Only the ranges of the
+parameters were measured on recorded eyes. The steps:
 
     eye -> skin, eyeball (labels) -> light -> hair -> lens -> blur -> reflections -> noise -> tone
 """
@@ -110,7 +110,7 @@ def _paste(ball: Eyeball | None, frame: Frame) -> None:
 
 
 def _light(light: Field, frame: Frame) -> None:
-    """Lights the image; the pupil's level is stray light, the same everywhere."""
+    """Applies the light in place; stray light at the pupil's level is uniform and not scaled."""
     haze, image = np.float32(frame.eye.levels.pupil), frame.image
     image -= haze
     image *= light

@@ -83,7 +83,7 @@ class Lids(NamedTuple):
     def curves(self, t: NDArray[np.floating], lift: float = 1.0) -> tuple[Field, Field]:
         """Returns y of the upper and of the lower lid at t; `lift` scales their distance.
 
-        Past the corners the lids have crossed, so nothing is open there.
+        Beyond the corners the two curves have crossed, so the eye is not open there.
         """
         inside = np.clip(t, -1, 1)
         bent = inside + self.skew * (1 - inside**2)
@@ -125,7 +125,7 @@ def _levels(rng: np.random.Generator) -> Levels:
     iris = float(np.clip(pupil + 15 + 47 * rng.random() ** 1.35, 52, 96))
     # Before the shading of lids and corners, which darkens the median by a sixth.
     sclera = float(np.clip(iris + between(rng, 9, 44, peak=1.4), 76, 124))
-    # In one frame of six the lamps are so near that the skin above the eye saturates.
+    # In one of six frames, the lamps are close enough to saturate the skin above the eye.
     skin = between(rng, 160, 235) if rng.random() < 1 / 6 else between(rng, 102, 168, peak=1.3)
     skin = max(skin, sclera + 8)
     # Mostly about 11 levels below the pupil; a lens mount that scatters no light is black.
@@ -197,7 +197,8 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     ratio = math.cos(tilt)
     direction = math.atan2(toward[1], toward[0] * pose.side) + pose.angle_rad
 
-    # Off the iris' center toward the nose by up to 5 % of its radius; refraction adds a little.
+    # The pupil's center is up to 5 % of the iris radius closer to the nose than the center of the
+    # iris; refraction adds a little.
     off = np.array([-between(rng, 0.0, 0.05), 0.0]) + rng.normal(0, 0.02, 2)
     iris_xy = pose.to_frame(center)
     pupil_xy = pose.to_frame(center + off * radius)
@@ -214,8 +215,8 @@ def sample_eye(rng: np.random.Generator) -> Eye:
     if closed:
         lower = upper - 1
     else:
-        # Folds and lash roots make a lid's edge uneven by a px or two, but must not open anything
-        # past the corners.
+        # Folds and lash roots make a lid's edge uneven by 1 or 2 px, but must not create an opening
+        # beyond the corners.
         is_open = (lower > upper).astype(np.float32)
         upper, lower = (
             edge + smooth_noise(rng, (1, 24), (1, WIDTH))[0] * is_open * between(rng, 0.0, 1.6)

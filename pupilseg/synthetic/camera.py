@@ -25,15 +25,15 @@ CLAHE_CLIP, CLAHE_TILES = 1.5, (8, 8)
 GAMMA_TABLE = (255 * np.linspace(0, 1, 256) ** GAMMA).astype(np.uint8)
 """The gray curve that RITnet's preprocessing applies before CLAHE."""
 HALF = (WIDTH // 2, HEIGHT // 2)
-"""Size at which the halo is computed, which is wider than 2 px."""
+"""Reduced size at which the halo is computed; no loss, since the halo is wider than 2 px."""
 ENLARGED_SHARE = 0.08
-"""Share of frames from a sensor of fewer pixels, enlarged to size."""
+"""Share of frames enlarged from a sensor with fewer pixels."""
 COMPRESSED_SHARE = 0.12
-"""Share of frames compressed as JPEG; most video is compressed similarly."""
+"""Share of frames compressed as JPEG, which is similar to the compression of most video."""
 SMEARED_SHARE = 1 / 30
 """Share of frames with motion blur."""
 BARS_SHARE = 0.06
-"""Share of frames with bars at both sides, of those whose pupil leaves room for them."""
+"""Share of frames with bars at both sides, among frames whose pupil leaves room for them."""
 BAR_WIDTHS = (53, 120)
 """Px per side when a 4:3 or 1:1 frame is fitted into 640 x 400."""
 
@@ -94,7 +94,7 @@ def tone(rng: np.random.Generator, image: NDArray[np.uint8]) -> tuple[NDArray[np
 def transmit(
     rng: np.random.Generator, image: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], set[str]]:
-    """Returns the frame as received: some are enlarged from fewer pixels, some compressed."""
+    """Returns the received frame: some frames are enlarged from fewer pixels, some compressed."""
     traits = set()
     share, quality = between(rng, 0.45, 0.85), round(between(rng, 30, 92))
     if rng.random() < ENLARGED_SHARE:

@@ -109,7 +109,7 @@ def _edge_distance(ellipse: Ellipse, window: Window) -> tuple[Field, Field, Fiel
 def _ragged_edge(rng: np.random.Generator) -> Field:
     """Returns the relative radius of the pupil's edge by angle, float32 (720 + 1,), mean 1.
 
-    Frequencies 1 and 2 would move and stretch the ellipse, so the edge has frequencies from 3 only.
+    The lowest frequency is 3, because frequencies 1 and 2 would move and stretch the ellipse.
     """
     waves = np.arange(3, 40)
     rough = between(rng, 0.002, 0.012)
@@ -185,8 +185,8 @@ def _sclera(rng: np.random.Generator, eye: Eye, window: Window) -> Field:
 def draw_eyeball(rng: np.random.Generator, eye: Eye) -> Eyeball | None:
     """Draws the eyeball inside the lid opening; None if the opening is not in the frame.
 
-    Labels and gray levels come from the same signed distances: a label changes where the distance
-    at the pixel's center changes its sign, gray levels blend around it.
+    Labels and gray levels come from the same signed distances. The label changes where the distance
+    at the pixel's center changes sign; gray levels blend around that edge.
     """
     window = window_of(eye)
     if window is None:

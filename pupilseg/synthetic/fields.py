@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     Field = NDArray[np.float32]
 
 COARSE = 8
-"""Illumination and shading vary over tens of px: they are computed per 8 px and enlarged."""
+"""Illumination and shading vary over tens of px, so they are computed every 8 px and enlarged."""
 STROKE_SHIFT = 4
-"""Fractional bits of stroke coordinates: lines start at sixteenths of a px."""
+"""Fractional bits of stroke coordinates, a resolution of 1/16 px."""
 
 
 def enlarge(field: Field, height: int = HEIGHT, width: int = WIDTH) -> Field:

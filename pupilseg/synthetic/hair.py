@@ -25,7 +25,7 @@ POINTS = 9
 
 
 class Style(NamedTuple):
-    """How the lashes of one frame look.
+    """Appearance of the lashes in one frame.
 
     Attributes:
         hairs: number of lashes on the upper lid.
@@ -34,7 +34,7 @@ class Style(NamedTuple):
         fan: outward turn of the outermost lashes, rad.
         bend: distance of the tip from a straight line, as a share of the length.
         clumps: number of groups whose tips meet; 0 for none.
-        thick: mascara doubles the width.
+        thick: whether mascara doubles the width.
     """
 
     hairs: int
@@ -166,7 +166,7 @@ def _draw_lower(
     rows = np.flatnonzero(canvas.any(axis=1))
     if len(rows) == 0:
         return
-    # Lit from below, lower lashes can be brighter than the iris.
+    # Lower lashes that are lit from below can be brighter than the iris.
     shine = rng.random() < 0.3
     tone = eye.levels.sclera + between(rng, 10, 40) if shine else eye.levels.pupil + 10
     top, stop = int(rows[0]), int(rows[-1]) + 1

@@ -153,7 +153,7 @@ def _lit_field(
     """
 
     def inside_disc(distance: Field, share: float, x: float, y: float) -> Field:
-        """Returns px inside a disc around (x, y) that leaves out a share of the frame."""
+        """Returns the distance inside a disc around (x, y), px; a share of the frame is outside."""
         pupil = eye.pupil
         to_pupil = math.hypot(pupil.center_x_px - x, pupil.center_y_px - y)
         least = to_pupil + pupil.semi_axis_a_px + BORDER_CLEARANCE_PX
@@ -165,7 +165,8 @@ def _lit_field(
     second = share * BORDER_CUT_AREA.draw(rng) if rng.random() < BORDER_CUT_SHARE else 0.0
     inside = inside_disc(radius, share - second, *center)
     if second:
-        # Another part of the mount. Its center is far away, so that its arc is flatter.
+        # The second disc is another part of the mount. Its center is far away, so its arc is
+        # flatter.
         x = center[0] + rng.normal(0, BORDER_CUT_X)
         y = center[1] + rng.normal(0, BORDER_CUT_Y)
         inside = np.minimum(inside, inside_disc(_distance(x, y), second, x, y))
@@ -187,7 +188,7 @@ def add_corners(rng: np.random.Generator, frame: Frame) -> set[str]:
 def _add_corner(rng: np.random.Generator, eye: Eye, image: Field) -> None:
     """Draws the barrel in the lower left corner of the image, or of its mirrored view."""
     width, height = round(CORNER_WIDTH.draw(rng)), round(CORNER_HEIGHT.draw(rng))
-    # A circle through both ends of the corner's arc, with its center on the frame's side of them.
+    # The circle passes through both ends of the corner's arc; its center is on the frame's side.
     chord = math.hypot(width, height)
     radius = chord * CORNER_RADIUS.draw(rng)
     away = math.sqrt(radius**2 - chord**2 / 4)

@@ -38,7 +38,7 @@ class Skewed(NamedTuple):
     Attributes:
         low: lower end.
         high: upper end.
-        power: of a uniform number, above 1.
+        power: exponent of a uniform number in [0, 1], above 1.
     """
 
     low: float

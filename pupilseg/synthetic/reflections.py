@@ -42,11 +42,11 @@ GLINT_AREA = Skewed(6, 44, power=1.6)  # px, mean of a frame
 GLINT_AREA_SIGMA = 0.35  # of the logarithm, within a frame
 GLINT_AREA_LIMITS = (5, 70)  # px
 GLINT_STRETCH = Range(1, 1.7)
-MISSING_SHARE = 0.06  # of glints not visible
+MISSING_SHARE = 0.06  # of glints, which are not visible
 MAX_ON_PUPIL = 3
-FAINT_SHARE = 0.12  # of glints that do not saturate
+FAINT_SHARE = 0.12  # of glints, which do not saturate
 FAINT_GLOW = Range(0.05, 0.6)
-# A second, smaller lobe: a lamp of several parts, or an uneven tear film.
+# A second, smaller lobe, as from a lamp with several parts or an uneven tear film.
 LOBE_SHARE = 0.3
 LOBE_DISTANCE = Range(0.5, 1.6)  # in units of the square root of the area
 LOBE_AREA = Range(0.1, 0.4)  # of the glint's area
@@ -58,7 +58,7 @@ SPARKLE_X = Range(-1, 1)  # along the opening
 SPARKLE_Y = Range(0.3, 1.05)  # from the upper lid to the lower
 SPARKLE_SPREAD = Range(2, 14)  # standard deviation along x, px
 SPARKLE_FLATTENING = 0.6
-OFF_IRIS_SHARE = 0.9  # of clusters on iris and pupil that are left out
+OFF_IRIS_SHARE = 0.9  # of clusters on iris and pupil, which are left out
 SPARKLES = Count(1, 12)  # per cluster
 SPARKLE_RADIUS = Range(0.1, 1.0)
 SPARKLE_AREA = 9  # px at radius 1
@@ -127,8 +127,8 @@ def add_spot(
 def add_glints(rng: np.random.Generator, frame: Frame) -> set[str]:
     """Adds the reflections of the lamps on the cornea; no trait.
 
-    Mostly 3 to 16 lamps in a ring around the optical axis, sometimes a part of the ring, and in one
-    frame of twelve one or two lamps beside the camera.
+    Most frames show 3 to 16 lamps in a ring around the optical axis, or in a part of the ring. One
+    in twelve shows one or two lamps beside the camera instead.
     """
     eye, image = frame.eye, frame.image
     pupil_radius = eye.pupil.semi_axis_a_px

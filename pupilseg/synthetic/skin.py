@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HALF = (HEIGHT // 2, WIDTH // 2)
 """Folds and pores are drawn at half size: nothing on the skin is sharper than 2 px."""
 PIECE = 3
-"""Points of a fold drawn with the same depth: a call for each would cost 1.5 ms per frame."""
+"""Points of a fold drawn with one depth; one call per point would take 1.5 ms per frame."""
 
 
 def _volumes(rng: np.random.Generator, eye: Eye) -> Field:

@@ -30,8 +30,8 @@ RAY_START = (0, 60)  # distance from the source, px
 RAY_LENGTH = (40, 320)  # px
 RAY_LEVEL = Range(20, 200)
 RAY_WIDTH = Count(1, 5)  # px
-RAY_SHARES = (1.0, 0.75, 0.5, 0.25)  # parts of the length, drawn over each other
-FADE = 1.15  # the part of a share is drawn at 1.15 - share of the level
+RAY_SHARES = (1.0, 0.75, 0.5, 0.25)  # shares of the length, drawn on top of each other
+FADE = 1.15  # the part with a share s of the length is drawn at (1.15 - s) of the level
 # Specks of dust.
 SPECKS = Count(0, 30)
 SPECK_RADIUS = Count(1, 4)  # px

@@ -111,7 +111,7 @@ def batch():
     [{}, {"shift": 1, "reach": 0}, {"blur": 1, "blur_sigma": 0}],
     ids=["all", "reach", "sigma"],
 )
-def test_a_configuration_that_is_off_changes_nothing(batch, changes):
+def test_a_configuration_with_all_parts_off_changes_nothing(batch, changes):
     # A pupil whose center lies outside the frame: only a shift moves it into view.
     outside = replace(batch, ellipse=batch.ellipse - torch.tensor([1.0, 0, 0, 0]))
     config = replace(STILL, **changes)
@@ -132,7 +132,7 @@ def test_targets_are_those_of_the_label(batch, config):
         for row, label in enumerate(out.label.numpy()):
             np.testing.assert_array_equal(bits(out.dist_map[row]), bits(distance_maps(label)))
             np.testing.assert_allclose(out.ellipse[row], ellipse_vector(label), atol=1e-5, rtol=0)
-            # A flip mirrors the weights; Canny of a mirrored label can be one pixel off that.
+            # A flip mirrors the weights; Canny on a mirrored label can differ by one pixel.
             if moved[row] or not config.flip:
                 np.testing.assert_array_equal(out.spatial_weights[row], spatial_weights(label))
 
@@ -161,7 +161,7 @@ def test_a_label_that_loses_its_pupil_becomes_a_blink():
 
 
 def test_a_frame_full_of_pupil_has_exact_targets():
-    """A crop inside a huge pupil: the background is absent, which is not a blink."""
+    """A crop inside a huge pupil has no background, but is not a blink."""
     batch = batch_of([np.pad(np.ones((300, 500), np.uint8), ((50, 50), (70, 70)))])
     plan = still_plan(batch, moved=True, width=1280, height=800, left=-320, top=-200)
     out = augment_on_host(batch, plan, MOVE)
@@ -188,7 +188,7 @@ def test_a_flipped_blink_is_still_a_blink(batch):
     assert not out.ellipse[-1].any()
 
 
-def test_two_flips_are_none(batch):
+def test_two_flips_restore_the_batch(batch):
     out = augment(augment(batch, FLIP, generator()), FLIP, generator())
     for name in ("image", "label", "spatial_weights", "dist_map"):
         assert torch.equal(getattr(out, name), getattr(batch, name)), name
@@ -196,7 +196,7 @@ def test_two_flips_are_none(batch):
 
 
 def test_a_frame_is_flipped_as_a_whole_or_not_at_all(batch):
-    """At a probability of one half both happen, each with all targets of the frame."""
+    """At a probability of one half, some frames are flipped and some are not."""
     flips = set()
     for seed in range(8):
         out = augment(batch, replace(STILL, flip=0.5), generator(seed))
@@ -252,7 +252,7 @@ def test_scales_are_bounded_and_radii_log_uniform():
     batch = pupils([8, 30, 120, 0] * 600)
     width = make_plan(batch, replace(STILL, scale=1), generator())["move"].width
     small, middle, large, blink = (width.double() / WIDTH).view(600, 4).T
-    assert small.min() >= 15 / 8 - 0.02  # wants at least 15 / 8
+    assert small.min() >= 15 / 8 - 0.02  # 15 / 8 or more was requested
     assert small.max() == 2
     assert large.min() == 0.5
     assert large.max() <= 65 / 120 + 0.02
@@ -292,7 +292,7 @@ def test_image_and_label_stay_registered(size, flip):
     y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
     for axis in (x, y):
         assert abs((dark * axis).sum() / dark.sum() - (label * axis).sum() / label.sum()) < 0.1
-    # At exactly half the size a fifth of the edge's pixels have the value 1/2: background.
+    # At exactly half the size, a fifth of the edge pixels have the value 1/2, which is background.
     assert abs(dark.sum() / label.sum() - 1) < 0.04
 
 
@@ -310,7 +310,7 @@ def test_the_area_outside_the_frame_is_flat():
     assert 0.4 < (levels < 33 / 255).float().mean() < 0.8
 
 
-def test_one_draw_decides_on_scale_and_shift():
+def test_one_random_number_decides_both_scale_and_shift():
     config = replace(STILL, scale=0.5, shift=0.5)
     both = make_plan(pupils([30] * 64), config, generator())["move"]
     assert 20 <= both.moved.sum() <= 44
@@ -333,7 +333,7 @@ def test_image_parts_change_each_frame_and_no_target(batch, part):
 
 @pytest.mark.parametrize("part", ["gain", "offset", "gamma"])
 def test_brightness_order_is_kept(batch, part):
-    """A brighter pixel stays at least as bright: these parts are curves over gray levels."""
+    """These parts are monotonic curves over gray levels."""
     out = augment(batch, SINGLE[part], generator(2))
     for row in range(len(batch)):
         order = batch.image[row].flatten().argsort(stable=True)
@@ -428,7 +428,7 @@ def test_values_stay_in_range_at_any_strength(batch):
         assert image.max() <= 1
 
 
-# --- two forms, one result ------------------------------------------------------------------------
+# --- host form and device form agree --------------------------------------------------------------
 
 
 def assert_same_result(got, wanted):
@@ -492,7 +492,7 @@ def test_the_device_form_is_one_graph():
         form(batch, plan, config, constants(config, CPU))
     assert len(graphs) == 1
     reductions = [node for node in graphs[0].nodes if node.target == "amin"]
-    assert len(reductions) == 1  # over all rows at once, which the compiler fuses: not in blocks
+    assert len(reductions) == 1  # one fused reduction over all rows, not one per block
 
 
 def test_labels_of_both_forms_agree_over_many_frames():
@@ -521,7 +521,7 @@ def test_threads_do_not_change_the_result(batch):
 # --- parts and their random numbers ---------------------------------------------------------------
 
 
-def test_parts_share_out_the_random_numbers_in_order(batch):
+def test_parts_take_their_random_numbers_in_order(batch):
     """The result of a seed, and with it the golden losses, depends on these positions."""
     assert sum(part.numbers for part in PARTS) == 17 + 6 * RAYS
     plan = make_plan(batch, AugmentConfig(flip=0.5, blur=1, offset=1), generator(7))
@@ -550,7 +550,7 @@ class InvertDraw(NamedTuple):
 
 
 class Invert(Part[InvertDraw]):
-    """Inverts half of the frames: a new part, complete."""
+    """A complete new part, which inverts half of the frames."""
 
     name = "invert"
     numbers = 1

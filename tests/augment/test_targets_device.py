@@ -88,7 +88,7 @@ def test_frames_of_a_batch_do_not_mix():
     ],
     ids=["blobs", "pixel", "corner"],
 )
-def test_full_frames_equal_maps_to_the_bit(label):
+def test_distance_maps_of_full_frames_equal_those_of_the_maps_module(label):
     """The single corner pixel gives the largest possible u^2."""
     tensor = torch.from_numpy(label)[None]
     squared = squared_distance(tensor)
@@ -99,7 +99,7 @@ def test_full_frames_equal_maps_to_the_bit(label):
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_maps_of_an_absent_class_equal_those_of_maps(value):
+def test_distance_maps_of_an_absent_class_equal_those_of_the_maps_module(value):
     label = np.full((HEIGHT, WIDTH), value, np.uint8)
     squared = torch.full((1, HEIGHT, WIDTH), maps.MAX_DISTANCE_SQUARED, dtype=torch.int32)
     got = signed_maps(squared, torch.from_numpy(label)[None], distance_table(CPU))
@@ -123,7 +123,7 @@ def test_weights_equal_opencvs(label):
 
 
 def test_every_small_neighborhood_has_opencvs_weights():
-    """All 4096 patterns of 3 x 4 pixels, with a margin so wide that they do not interact."""
+    """All 4096 patterns of 3 x 4 pixels, with margins wide enough that they do not interact."""
     bits = (np.arange(4096)[:, None] >> np.arange(12)) & 1
     tiles = np.pad(bits.reshape(64, 64, 3, 4).astype(np.uint8), ((0, 0), (0, 0), (4, 4), (4, 4)))
     sheet = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3).reshape(64 * 11, 64 * 12))
@@ -132,7 +132,7 @@ def test_every_small_neighborhood_has_opencvs_weights():
     )
 
 
-def test_full_frames_have_the_weights_of_maps():
+def test_weights_of_full_frames_equal_those_of_the_maps_module():
     label = np.stack([blobs(s, (HEIGHT, WIDTH)) for s in range(20)])
     got = spatial_weights(torch.from_numpy(label)).numpy()
     for row, one in enumerate(label):

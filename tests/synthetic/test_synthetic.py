@@ -147,7 +147,7 @@ def test_moments_of_an_uncut_pupil_are_its_ellipse(open_frames: list[Rendered]) 
 
 
 def test_the_opening_is_in_one_piece(open_frames: list[Rendered]) -> None:
-    """Uneven lids may cut off the last px at a corner, but open nothing past it."""
+    """Uneven lids may cut off the last px at a corner, but create no opening beyond it."""
     for frame in open_frames:
         _, _, stats, _ = cv2.connectedComponentsWithStats((frame.classes > 0).astype(np.uint8))
         areas = sorted(stats[1:, cv2.CC_STAT_AREA])
@@ -155,7 +155,7 @@ def test_the_opening_is_in_one_piece(open_frames: list[Rendered]) -> None:
 
 
 def test_objects_in_front_do_not_change_the_labels(open_frames: list[Rendered]) -> None:
-    """Glints, lashes and streaks come after the labels: a pupil has no holes and no islands."""
+    """A pupil has no holes or islands: labels are final before glints, lashes and streaks."""
     for frame in open_frames:
         mask = (frame.classes == 3).astype(np.uint8)
         if mask.any():
@@ -166,7 +166,7 @@ def test_objects_in_front_do_not_change_the_labels(open_frames: list[Rendered]) 
 
 
 def test_the_drawn_edge_is_where_the_label_changes() -> None:
-    """Before blur and noise, gray is half-way between pupil and iris at the label's edge."""
+    """Before blur and noise, gray is halfway between pupil and iris at the label's edge."""
     checked = 0
     for index in range(40):
         anatomy, _, eyeball, *_ = np.random.default_rng([SEED, index]).spawn(6)
@@ -183,7 +183,7 @@ def test_the_drawn_edge_is_where_the_label_changes() -> None:
 
 
 def test_gray_is_halfway_at_the_labels_edge(open_frames: list[Rendered]) -> None:
-    """Also after halo, blur and noise: a label 0.1 px off costs a pupil of 27 px 0.7 % of IoU."""
+    """True after halo, blur and noise too: an error of 0.1 px costs a 27 px pupil 0.7 % of IoU."""
     offsets = []
     for frame in open_frames:
         profile = edge_profile(frame.image, frame.classes)
@@ -302,7 +302,7 @@ def test_gray_levels_are_those_of_real_frames(open_frames: list[Rendered]) -> No
 def test_sizes_are_those_of_real_frames(open_frames: list[Rendered]) -> None:
     pupils = np.array([radius(f.pupil) for f in open_frames if f.pupil])
     irises = np.array([radius(f.iris) for f in open_frames if f.iris])
-    # 22-62 and 84-161 px are semi-axes seen from the front; from the side, one is half of that.
+    # Semi-axes are 22-62 and 84-161 px from the front; from the side, one is half as long.
     assert pupils.min() > 15
     assert pupils.max() < 63
     assert pupils.max() - pupils.min() > 25
@@ -343,7 +343,7 @@ def test_shares_of_blinks_cut_pupils_borders_and_glints(frames: list[Rendered]) 
     assert 3 <= np.median(glints) <= 12
     assert np.percentile(glints, 95) <= 20
     assert 0.2 < np.mean(on_pupil) < 0.8
-    # A border darker than the pupil: absent in many frames, up to a sixth of others.
+    # Many frames have no border darker than the pupil; in others it takes up to a sixth.
     assert 0.25 < np.mean(np.array(darker) > 0.01) < 0.85
     assert np.percentile(darker, 90) < 0.35
     assert max(darker) > 0.1
