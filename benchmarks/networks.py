@@ -1,8 +1,10 @@
-"""Cost of each network: multiply-adds, ONNX bytes, ms per frame.
+"""Cost of each network: multiply-adds, ONNX bytes, ms per frame, with and without fusion.
 
 python -m benchmarks.networks [--runs 200]
 
-The networks are timed in turns, so that a slow phase of the machine affects all of them.
+For each network, the exported form (`pupilseg.export.fused`) and the network as it was trained are
+timed in turns, so that a slow phase of the machine affects both. Networks are not mixed: nine
+sessions evict each other's weights from the cache, which adds a fifth to all times.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +53,19 @@ def multiply_adds(model: nn.Module) -> int:
     return total
 
 
+def time_in_turns(sessions: list[Any], runs: int) -> list[list[float]]:
+    """Returns the times of each session in ms, after 10 runs that do not count."""
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, HEIGHT, WIDTH), dtype=np.uint8)
+    times: list[list[float]] = [[] for _ in sessions]
+    for turn in range(runs + 10):
+        for session, values in zip(sessions, times, strict=True):
+            started = time.perf_counter()
+            session.run(None, {INPUT_NAME: image})
+            if turn >= 10:
+                values.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
 def main() -> None:
     """Measures and prints a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
@@ -58,36 +74,33 @@ def main() -> None:
     )
     parser.add_argument("--onnx", type=Path, help="folder to write the ONNX files to")
     args = parser.parse_args()
-    image = np.random.default_rng(0).integers(0, 256, (1, 1, HEIGHT, WIDTH), dtype=np.uint8)
-    sessions, sizes, times = {}, {}, {name: [] for name in list_models()}
+    rows = []
     for name in list_models():
         output = OUTPUTS[model_entry(name).task].name
-        encoded = to_onnx(create_model(name).eval(), output).SerializeToString()
-        sizes[name] = len(encoded)
-        sessions[name] = onnx_session(encoded, threads=1)
+        model = create_model(name).eval()
+        fused, plain = (
+            to_onnx(model, output, fuse=fuse).SerializeToString() for fuse in (True, False)
+        )
+        times = time_in_turns([onnx_session(file, threads=1) for file in (fused, plain)], args.runs)
+        fused_ms, plain_ms = (
+            " / ".join(f"{ms:.2f}" for ms in np.percentile(values, [0, 50, 95])) for values in times
+        )
+        rows.append(
+            f"| {name} | {sum(p.numel() for p in model.parameters()):,} "
+            f"| {multiply_adds(model) / 1e6:.1f} M | {len(fused):,} | {fused_ms} | {plain_ms} "
+            f"| {min(times[0]) / min(times[1]):.2f} |"
+        )
         if args.onnx:
             args.onnx.mkdir(parents=True, exist_ok=True)
-            (args.onnx / f"{name}.onnx").write_bytes(encoded)
-    for turn in range(args.runs + 10):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.run(None, {INPUT_NAME: image})
-            if turn >= 10:
-                times[name].append(1e3 * (time.perf_counter() - started))
+            (args.onnx / f"{name}.onnx").write_bytes(fused)
     print(machine_line("torch", "onnxruntime"))
     print(f"ONNX Runtime: 1 thread, batch 1, n = {args.runs} after 10\n")
     print(
-        "| network | parameters | multiply-adds | ONNX bytes | ms per frame: min / median / p95 |"
+        "| network | parameters | multiply-adds | ONNX bytes | ms per frame: min / median / p95 "
+        "| not fused | ratio of minima |"
     )
-    print("| --- | --- | --- | --- | --- |")
-    for name in list_models():
-        model = create_model(name)
-        low, median, high = np.percentile(times[name], [0, 50, 95])
-        print(
-            f"| {name} | {sum(p.numel() for p in model.parameters()):,} "
-            f"| {multiply_adds(model) / 1e6:.1f} M | {sizes[name]:,} "
-            f"| {low:.2f} / {median:.2f} / {high:.2f} |"
-        )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -133,8 +133,13 @@ def _with_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes
     return encoded
 
 
-def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
+def to_onnx(model: nn.Module, output_name: str, *, fuse: bool = True) -> onnx.ModelProto:
     """Traces a network in evaluation mode into a checked and stripped ONNX graph.
+
+    Args:
+        model: maps float images to its output.
+        output_name: of the graph's output.
+        fuse: export the fused form of networks that have one; False is for comparison.
 
     Raises:
         UsageError: the package onnx or onnxscript is not installed.
@@ -146,8 +151,8 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
         raise UsageError(
             f"exporting needs the package {error.name}; run `pip install 'pupilseg[export]'`"
         ) from error
-    fusible = is_fusible(model)
-    network = FusedNetwork(model) if fusible else WithNormalization(model)
+    fuse = fuse and is_fusible(model)
+    network = FusedNetwork(model) if fuse else WithNormalization(model)
     example = torch.zeros(2, 1, HEIGHT, WIDTH, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=4096)
     exporter_log = logging.getLogger("torch.onnx")
@@ -173,7 +178,7 @@ def to_onnx(model: nn.Module, output_name: str) -> onnx.ModelProto:
     assert program is not None  # None only without dynamo
     proto: onnx.ModelProto = program.model_proto
     strip(proto)
-    if fusible:
+    if fuse:
         name_batch_dimension(proto)
     proto.ir_version = IR_VERSION
     onnx.checker.check_model(proto, full_check=True)
