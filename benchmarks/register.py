@@ -78,7 +78,7 @@ def compare(shards: ShardSet, mapping: mmap.mmap, batch_size: int, batches: int)
             ).view(count, field.width)
             for field in fields
         }
-    slot = layout.empty(batch_size, torch.device("cpu"), pinned=True)
+    slot = layout.empty_pinned(batch_size)
     on_device = layout.empty(batch_size, device)
     order = np.random.default_rng(0).integers(0, count, (batches, batch_size))
 

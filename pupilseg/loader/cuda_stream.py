@@ -1,7 +1,7 @@
-"""The feed for sets larger than the device: encoded rows through a ring of pinned slots.
+"""The feed for sets that exceed device memory: streams encoded rows through pinned slots.
 
-A thread gathers rows into a pinned slot and copies it, without blocking, on a stream of its own.
-The consumer's stream waits for that copy, decodes, and records when it no longer needs the slot.
+A thread gathers rows into a pinned slot and starts a non-blocking copy on its own stream. The
+consumer's stream waits for that copy, decodes, and records an event when the slot is free again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pupilseg.shards.reader import ShardSet
 
 _SLOTS = 3
-"""One is gathered, one copied and one decoded at the same time."""
+"""Two are gathered or copied while one is decoded."""
 
 
 class StreamFeed:
@@ -50,21 +50,27 @@ class StreamFeed:
         )
         self._pool = options.row_pool()
         self._read_ahead = ReadAhead(shards, self._layout)
-        cpu = torch.device("cpu")
         # Created once: a new stream per epoch would keep the memory of dead streams (timm#2784).
         self._stream = torch.cuda.Stream(device)
-        self._pinned = [self._layout.empty(rows, cpu, pinned=True) for _ in range(_SLOTS)]
+        self._pinned = [self._layout.empty_pinned(rows) for _ in range(_SLOTS)]
         self._packed = [self._layout.empty(rows, device) for _ in range(_SLOTS)]
-        self._copied = [torch.cuda.Event() for _ in range(_SLOTS)]
-        self._consumed = [torch.cuda.Event() for _ in range(_SLOTS)]
-        if options.compiled_rows:  # compiles now instead of in the first batch; any bytes decode
+        for packed in self._packed:
+            for tensor in packed.values():
+                # A feed that is dropped without `close` must not free what a copy still writes.
+                tensor.record_stream(self._stream)
+        # The host sleeps while it waits for a blocking event, instead of keeping a core busy.
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(_SLOTS)]
+        self._consumed = [torch.cuda.Event(blocking=True) for _ in range(_SLOTS)]
+        if options.compiled_rows:  # compiles now, not in the first batch; any bytes can be decoded
             self._decode(self._packed[0])
         # The slots' memory may still be in use by earlier work of the stream that allocated it.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def batches(self, plan: IndexBatches) -> Generator[dict[str, Tensor]]:
         """Yields the batches without waiting for the device."""
-        with self._pool, closing(prefetch(self._fill, plan, _SLOTS)) as filled:
+        # A slot is free as soon as its decoding was queued, before the batch is yielded.
+        filled = prefetch(self._fill, plan, _SLOTS, ahead=_SLOTS - 1)
+        with self._pool, closing(filled):
             for slot, rows in filled:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(self._copied[slot])
@@ -89,6 +95,7 @@ class StreamFeed:
         return slot, len(indices)
 
     def close(self) -> None:
-        """Waits for running copies, then frees the slots."""
-        self._stream.synchronize()
+        """Waits for copies and for their decoding, in any stream, then frees the slots."""
+        for event in (*self._copied, *self._consumed):
+            event.synchronize()
         self._pinned, self._packed = [], []

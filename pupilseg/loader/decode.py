@@ -1,4 +1,4 @@
-"""Decodes batches of stored rows with torch, on any device, to the numbers of `shards.codec`."""
+"""Decodes batches of stored rows with torch on any device; same results as `shards.codec`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from pupilseg.geometry import HEIGHT, NORMALIZED, WIDTH
 from pupilseg.maps import MAX_DISTANCE_SQUARED
 from pupilseg.runtime.compilation import Compiled
-from pupilseg.runtime.device import on_device
+from pupilseg.runtime.device import on_device, pinned
 from pupilseg.shards.codec import BAND, FrameDecoder, band_rows, distance_tables, stored_fields
 from pupilseg.shards.format import BITS, COLUMNS, RAW, U2, Field
 
@@ -49,15 +49,23 @@ class Layout(NamedTuple):
         """Bytes per gathered row."""
         return sum(field.row_bytes for field in self.fields)
 
-    def empty(self, rows: int, device: torch.device, *, pinned: bool = False) -> dict[str, Tensor]:
+    def empty(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Returns uninitialized tensors (rows, width), one per field."""
         return {
             field.name: torch.empty(
-                (rows, field.width),
-                dtype=getattr(torch, field.dtype),
-                device=device,
-                pin_memory=pinned,
+                (rows, field.width), dtype=getattr(torch, field.dtype), device=device
             )
+            for field in self.fields
+        }
+
+    def empty_pinned(self, rows: int) -> dict[str, Tensor]:
+        """Returns uninitialized tensors (rows, width) in pinned memory, one per field.
+
+        Raises:
+            UsageError: the memory cannot be allocated or pinned.
+        """
+        return {
+            field.name: pinned((rows, field.width), getattr(torch, field.dtype))
             for field in self.fields
         }
 
@@ -157,9 +165,9 @@ class BatchDecoder:
         layout: layout of the rows.
         device: device of the rows.
         label_dtype: dtype of the decoded labels.
-        compiled_rows: batches of this size are decoded in one fused pass, which `torch.compile`
-            creates with the first of them. Other sizes, such as a short last batch, run the same
-            operations one by one; so do all batches if it is 0.
+        compiled_rows: batch size for which decoding is compiled with `torch.compile` into one fused
+            pass, at the first such batch. Batches of other sizes, such as a short last batch, run
+            the same operations one by one. 0 compiles nothing.
     """
 
     def __init__(
@@ -239,14 +247,14 @@ class BatchDecoder:
         along = torch.cat([start, steps], dim=2).cumsum(dim=2, dtype=torch.int32)
         away = _wrapped(words.view(-1, HEIGHT // BAND, BAND, WIDTH), middle[:, :, None])
         squared = (along[:, :, None] + away).view(-1, HEIGHT, WIDTH)
-        # Damaged bytes must not index outside the table: on CUDA that breaks the process's context.
+        # Damaged bytes must not index outside the table, which would corrupt the CUDA context.
         return squared.clamp(0, MAX_DISTANCE_SQUARED)
 
 
 def _wrapped(value: Tensor, other: Tensor) -> Tensor:
-    """Returns the wrapping difference of int16 numbers as int32.
+    """Returns the difference of int16 numbers, wrapped to 16 bits, as int32.
 
-    Written out, so that it does not depend on how a compiler widens int16.
+    The wrap is explicit, so that the result does not depend on how a compiler widens int16.
     """
     return ((value.int() - other + 0x8000) & 0xFFFF) - 0x8000
 

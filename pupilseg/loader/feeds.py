@@ -1,4 +1,4 @@
-"""Feeds turn lists of sample indices into tensors; order, epochs and state belong to the loader.
+"""Feeds turn lists of sample indices into tensors; the loader handles order, epochs and state.
 
 `CpuFeed` decodes the mapped files on the CPU, `ResidentFeed` keeps encoded rows on a device, and
 `cuda_stream.StreamFeed` streams encoded rows to a device.
@@ -88,9 +88,9 @@ class Feed(Protocol):
 class ReadAhead:
     """Asks the kernel to read all rows of a batch from disk at once.
 
-    Otherwise each row is waited for in turn: 10.5 ms per sample from a cold disk instead of 1.4
-    (docs/benchmarks.md). For rows that are already in memory it costs 0.04 ms, so it is done in the
-    first pass only, or in every pass if the files are larger than half of the host's memory.
+    Without it, rows are read one after another: 10.5 ms per sample from a cold disk instead of 1.4
+    (docs/benchmarks.md). For rows that are already in memory the call takes 0.04 ms, so it is made
+    in the first pass only, or in every pass if the files exceed half of the host's memory.
 
     Args:
         shards: the open shards.
@@ -119,8 +119,8 @@ class ReadAhead:
 class CpuFeed:
     """Decodes rows of the mapped files into a ring of batch buffers, one batch ahead.
 
-    A batch is overwritten once `ring - 1` more have been drawn. With 0 threads it is decoded when
-    it is drawn. For a device other than the CPU (such as "mps") each batch is copied.
+    A batch is overwritten once `ring - 1` more have been drawn. With 0 threads, a batch is decoded
+    when it is drawn. Each batch is copied to devices other than the CPU, such as "mps".
     """
 
     name = "mapping"
@@ -186,8 +186,8 @@ class ResidentFeed:
     """Keeps the encoded columns on the device; a batch is one gather and decode there.
 
     Batches are new tensors of the device's caching allocator and stay valid as long as they are
-    referenced. On the CPU it is slower than `CpuFeed` and gives the same numbers; it is kept there
-    so that tests cover it without a CUDA device.
+    referenced. On the CPU this feed gives the same numbers as `CpuFeed` but is slower; it is
+    supported there so that tests cover it without a CUDA device.
     """
 
     name = "resident"
@@ -200,7 +200,8 @@ class ResidentFeed:
         self._packed = layout.empty(options.samples, device)
         rows = max(1, min(options.samples, self._STAGING_BYTES // layout.row_bytes))
         # Torch has no read-only tensors, so rows are copied from the mapping by NumPy.
-        staging = layout.empty(rows, torch.device("cpu"), pinned=device.type == "cuda")
+        cpu = torch.device("cpu")
+        staging = layout.empty_pinned(rows) if device.type == "cuda" else layout.empty(rows, cpu)
         read_ahead = ReadAhead(shards, layout)
         with options.row_pool() as pool:
             for start in range(0, options.samples, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import torch
 from pupilseg.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from torch import Tensor
 
@@ -55,8 +56,25 @@ def find_device(name: str | torch.device | None) -> torch.device:
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Returns a copy of a CPU tensor on a device; on CUDA without waiting for the copy."""
     if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
+        return pinned(values.shape, values.dtype).copy_(values).to(device, non_blocking=True)
     return values.to(device)
+
+
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialized CPU tensor in pinned memory, from which CUDA copies without waiting.
+
+    Raises:
+        UsageError: the memory cannot be allocated or pinned.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        megabytes = math.prod(shape) * dtype.itemsize / 1e6
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"cannot pin {megabytes:.1f} MB of host memory for copies to CUDA ({reason}); raise "
+            "the memory limit of this job or container, or use a smaller --batch-size"
+        ) from error
 
 
 @contextmanager
@@ -90,16 +108,16 @@ def fast_arithmetic(
 class Timestamp:
     """The time at which a device reaches this point of its work.
 
-    On CUDA this is an event in the current stream, so that recording it waits for nothing;
-    elsewhere it is the host's clock.
+    On CUDA this is an event in the device's current stream, so that recording it waits for
+    nothing; elsewhere it is the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
         self._time = time.perf_counter()
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._event.record(torch.cuda.current_stream(device))
 
     def seconds_since(self, earlier: Timestamp) -> float:
         """Returns the seconds between two timestamps; on CUDA waits for this one."""

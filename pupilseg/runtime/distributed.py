@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -138,14 +138,17 @@ def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
         device: as requested by the user; "cuda" becomes this rank's own device.
 
     Yields:
-        The ranks and this rank's device; `ALONE` and `device` without torchrun.
+        The ranks and this rank's device, which is the current one if it is CUDA; `ALONE` and
+        `device` without torchrun.
 
     Raises:
         UsageError: this machine has more ranks than CUDA devices, or one device was named for all
             ranks.
     """
     if not dist.is_torchelastic_launched():
-        yield ALONE, device
+        # Pinned memory is allocated through the current device, which need not be the first one.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield ALONE, device
         return
     if device.type == "cuda":
         device = _own_cuda(device)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from pupilseg.runtime.device import pinned
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,7 +22,11 @@ class HostCopy:
     at once.
 
     Args:
-        tree: nested dicts and lists of tensors and plain values; not modified.
+        tree: nested dicts and lists of tensors and plain values; not modified. CUDA tensors of one
+            dtype are on one device.
+
+    Raises:
+        UsageError: the host's memory cannot be pinned.
     """
 
     def __init__(self, tree: Any) -> None:
@@ -39,18 +45,20 @@ class HostCopy:
             dtype: [tensor.shape for tensor in tensors] for dtype, tensors in on_cuda.items()
         }
         self._copies: dict[torch.dtype, Tensor] = {}
+        self._copied: list[torch.cuda.Event] = []
         for dtype, tensors in on_cuda.items():
             joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            self._copies[dtype] = torch.empty(joined.shape, dtype=dtype, pin_memory=True)
+            self._copies[dtype] = pinned(joined.shape, dtype)
             self._copies[dtype].copy_(joined, non_blocking=True)
-        self._done = torch.cuda.Event() if on_cuda else None
-        if self._done is not None:
-            self._done.record()
+            # In the stream that copies: the current device need not be that of the tensors.
+            copied = torch.cuda.Event(blocking=True)  # sleeps instead of keeping a core busy
+            copied.record(torch.cuda.current_stream(joined.device))
+            self._copied.append(copied)
 
     def read(self) -> Any:
-        """Returns the tree with contiguous CPU tensors; waits for the copy to finish."""
-        if self._done is not None:
-            self._done.synchronize()
+        """Returns the tree with contiguous CPU tensors; waits for the copies to finish."""
+        for copied in self._copied:
+            copied.synchronize()
         tensors = {dtype: self._split(dtype) for dtype in self._copies}
         return _map_leaves(
             self._tree, _Position, lambda position: tensors[position.dtype][position.place]

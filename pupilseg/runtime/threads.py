@@ -115,17 +115,21 @@ def _refuse_fork_of(process: int) -> None:
 
 
 def prefetch(
-    fill: Callable[[int, Item, Event], Result], items: Iterable[Item], slots: int
+    fill: Callable[[int, Item, Event], Result],
+    items: Iterable[Item],
+    slots: int,
+    ahead: int = 1,
 ) -> Generator[Result]:
-    """Yields `fill(slot, item, stop)` for each item, computed one ahead in a background thread.
+    """Yields `fill(slot, item, stop)` for each item, computed ahead in a background thread.
 
-    Slots are used in turn: a slot is filled again only once `slots - 1` more results have been
+    Slots are used in turn: a slot is filled again only once `slots - ahead` more results have been
     drawn. Until then a result may refer to memory that belongs to its slot.
 
     Args:
         fill: called in the thread; may raise `Stopped` when the event `stop` is set.
         items: an iterable, drawn from once.
         slots: at least 2.
+        ahead: results computed before the consumer asks for them, 1 .. slots - 1.
 
     Raises:
         UsageError: as `in_background`.
@@ -133,7 +137,7 @@ def prefetch(
     """
     stop = Event()
     filled = (fill(number % slots, item, stop) for number, item in enumerate(items))
-    return in_background(filled, ahead=1, stop=stop)
+    return in_background(filled, ahead, stop=stop)
 
 
 class _PerThread(threading.local, Generic[Scratch]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pupilseg.errors import UsageError
-from pupilseg.runtime.device import Timestamp, fast_arithmetic, find_device
+from pupilseg.runtime.device import Timestamp, fast_arithmetic, find_device, pinned
 
 
 def test_the_cpu_is_always_available():
@@ -64,11 +64,14 @@ def test_timestamps_on_the_cpu_use_its_clock():
 
 
 @pytest.mark.gpu
-def test_timestamps_on_a_gpu_are_events_in_its_stream():
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_timestamps_on_a_gpu_are_events_in_its_stream(name):
     """The device is still busy when the host has already continued."""
-    device = torch.device("cuda")
+    if name == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    device = torch.device(name)
     matrix = torch.rand(4096, 4096, device=device)
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     first = Timestamp(device)
     started = time.perf_counter()
     for _ in range(50):
@@ -93,3 +96,22 @@ def test_fast_arithmetic_changes_cuda_settings_within_the_block_only():
     with pytest.raises(KeyError), fast_arithmetic(torch.device("cuda")):
         raise KeyError
     assert switches() == before
+
+
+def test_memory_that_cannot_be_pinned_is_reported_with_its_size(monkeypatch):
+    def refuse(*_args, **_options):
+        raise RuntimeError("CUDA error: out of memory\nmore lines")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(UsageError) as caught:
+        pinned((1000, 3000), torch.float32)
+    assert "cannot pin 12.0 MB of host memory" in str(caught.value)
+    assert "(CUDA error: out of memory); " in str(caught.value)
+    assert "--batch-size" in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_pinned_memory():
+    memory = pinned((2, 3), torch.int16)
+    assert memory.is_pinned()
+    assert (memory.shape, memory.dtype) == ((2, 3), torch.int16)

@@ -58,3 +58,17 @@ def test_making_a_copy_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert copy.read()["flag"].tolist() == [True, False]
+
+
+@pytest.mark.gpu
+def test_a_copy_from_a_device_that_is_not_the_current_one_is_waited_for():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    device = torch.device("cuda:1")
+    value = torch.zeros(1 << 24, device=device)
+    with torch.cuda.device(device):
+        torch.cuda._sleep(500_000_000)
+    value.fill_(1)
+    copy = HostCopy({"value": value})
+    assert torch.cuda.current_device() == 0
+    assert copy.read()["value"].min() == 1

@@ -95,8 +95,8 @@ def test_a_forked_child_is_refused_and_the_parent_continues():
     assert list(stream) == [1, 2]
 
 
-@pytest.mark.parametrize("slots", [2, 3])
-def test_a_slot_is_not_reused_until_slots_minus_one_more_results(slots):
+@pytest.mark.parametrize(("slots", "ahead"), [(2, 1), (3, 1), (3, 2)])
+def test_a_slot_is_not_reused_until_enough_more_results_were_drawn(slots, ahead):
     buffers = [None] * slots
     filled = []
 
@@ -106,12 +106,14 @@ def test_a_slot_is_not_reused_until_slots_minus_one_more_results(slots):
         return slot, item
 
     drawn = []
-    for slot, item in prefetch(fill, range(20), slots):
+    furthest = 0
+    for slot, item in prefetch(fill, range(20), slots, ahead):
         drawn.append((slot, item))
         time.sleep(0.003)  # lets the thread run as far ahead as it can
-        for kept_slot, kept_item in drawn[-(slots - 1) :]:
+        for kept_slot, kept_item in drawn[-(slots - ahead) :]:
             assert buffers[kept_slot] == kept_item
-        assert max(filled) <= item + 1  # at most one ahead
+        furthest = max(furthest, max(filled) - item)
+    assert furthest == ahead
     assert [item for _, item in drawn] == list(range(20))
     assert not background_threads()
 
