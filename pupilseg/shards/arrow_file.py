@@ -27,7 +27,7 @@ def arrow_schema(encodings: Mapping[str, Mapping[str, Any]], padding: int = 0) -
 
     Args:
         encodings: column -> encoding and its parameters.
-        padding: bytes of filler in the metadata, which move the first buffer to an aligned offset.
+        padding: bytes of filler in the metadata, to move the first buffer to an aligned offset.
     """
     fields: list[pa.Field[Any]] = []
     for column, spec in COLUMNS.items():
@@ -55,10 +55,9 @@ def write_ipc(
 ) -> None:
     """Writes one record batch as an Arrow IPC file with aligned buffers.
 
-    Arrow pads buffers to 8 bytes but writes a buffer that is already padded to 64 as it is. Padding
-    each buffer therefore keeps all of them aligned relative to the first, and filler in the
-    schema's metadata aligns the first. (pyarrow 25.0.1 does not expose the alignment option of
-    Arrow's C++ library.)
+    pyarrow 25.0.1 does not expose the alignment option of Arrow's C++ library: it pads buffers to 8
+    bytes, and leaves buffers whose size is a multiple of 64 unchanged. Each buffer is therefore
+    padded to 64 bytes, and filler in the schema's metadata aligns the first one.
 
     Args:
         sink: a file object.

@@ -31,7 +31,7 @@ class Job:
         split: "train" or "validation".
         out_dir: the split's directory.
         records_dir: holds the record of each finished shard until the manifest is written.
-        preprocessing: preprocessing still to be applied to the images.
+        preprocessing: preprocessing to apply to the images, apart from the source's own.
         max_bad: maximum number of bad samples in the split.
         header: first part of the manifest. A finished shard is kept only if its header is equal.
     """
@@ -134,7 +134,7 @@ def _read_samples(job: Job, start: int, stop: int) -> Iterator[tuple[int, Sample
                 yield position, sample
                 position += 1
         except DataError as error:
-            # A generator ends with its error, so reading restarts after the bad sample.
+            # A generator ends when it raises, so reading restarts after the bad sample.
             yield position, error
             position += 1
         else:
@@ -148,8 +148,8 @@ def _read_samples(job: Job, start: int, stop: int) -> Iterator[tuple[int, Sample
 def _write_file(path: Path, columns: ShardColumns) -> dict[str, Any]:
     """Writes a shard file; returns its size, digest and encodings."""
     encodings = columns.encodings()
-    # Not flushed, because waiting for the disk takes 0.4 ms per frame: the writer flushes all
-    # shards before the manifest, and a rerun after a loss of power compares digests.
+    # Not flushed to disk here, which would take 0.4 ms per frame: the writer flushes all shards
+    # before it writes the manifest, and a rerun after a power failure compares digests.
     with (
         atomic_path(path, flush=False) as temporary,
         output_errors(path),

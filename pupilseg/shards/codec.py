@@ -35,7 +35,7 @@ BYTE_BITS: NDArray[np.uint8] = np.unpackbits(
 )
 """uint8 (256, 8): the bits of each byte, least significant first."""
 BAND = 40
-"""Number of rows that are restored from the middle one; see `band_rows`."""
+"""Number of rows restored from one stored row, the middle one; see `band_rows`."""
 
 
 @cache
@@ -65,7 +65,7 @@ def unpack_values(
     bits: NDArray[np.uint8], table: NDArray[np.float32], out: NDArray[np.float32]
 ) -> None:
     """Writes a two-valued map, float32 (400, 640), from its bits and `value_table`."""
-    # A byte never exceeds the table of 256; `clip` avoids the buffering that `raise` implies.
+    # A byte is always a valid index of the 256 rows; mode "clip" avoids the buffering of "raise".
     np.take(table, bits, axis=0, out=out.reshape(-1, 8), mode="clip")
 
 
@@ -104,7 +104,7 @@ def pack_squared(
         uint16 (256000,) and uint32 (400,). Neighbors in a row differ by at most 2 * 753 + 1 = 1507,
         so int16 differences of the first array restore a row from its entry in the second.
     """
-    # By way of int32: converting a float beyond the range of uint16 is undefined.
+    # Converted to int32 first: converting a float beyond the range of uint16 is undefined.
     words = squared.astype(np.int32, copy=False).astype(np.uint16)
     return words.reshape(-1), squared[:, 0].astype(np.uint32)
 
@@ -112,9 +112,10 @@ def pack_squared(
 def band_rows(words: Any) -> Any:
     """Returns the middle row of each band of `BAND` rows, a view (..., 10, 640) of (..., 400, 640).
 
-    u changes by at most 1 between neighboring pixels. No pixel of a band is more than 20 rows from
-    the middle one, so u^2 differs by at most 20 * 2 * 753.4 = 30,136 between them: int16
-    differences restore u^2 of a whole band from its middle row, without a sum along every row.
+    u changes by at most 1 between neighboring pixels, and no pixel of a band is more than 20 rows
+    from the middle row. u^2 therefore differs by at most 20 * 2 * 753.4 = 30,136 along a column of
+    the band, so int16 differences restore the band from its middle row, without a cumulative sum
+    along every row.
     """
     return words[..., BAND // 2 :: BAND, :]
 
@@ -192,7 +193,7 @@ class FrameDecoder:
         words = stored.reshape(HEIGHT, WIDTH).view(np.int16)
         middle = band_rows(words)
         self._middle[:, 0] = first[BAND // 2 :: BAND]
-        # int16 differences wrap to the true step.
+        # int16 differences wrap around to the correct step.
         np.subtract(middle[:, 1:], middle[:, :-1], out=self._middle[:, 1:], dtype=np.int16)
         np.cumsum(self._middle, axis=1, out=self._middle)
         np.subtract(words.reshape(self._away.shape), middle[:, None], out=self._away)
@@ -222,7 +223,8 @@ class FrameDecoder:
         """
         squared = self.squared(stored, first)
         write_signed_distances(squared, self._scaled, out)
-        # No distance exceeds the diagonal, and the root of a negative number compares as false.
+        # A valid distance is at most the diagonal. The root of a negative number is NaN, for which
+        # the comparison is false.
         if not out[1].max() <= 1:
             raise DataError(
                 f"dist_map holds squared distances {squared.min():.0f}..{squared.max():.0f}, "

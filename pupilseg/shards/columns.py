@@ -1,7 +1,8 @@
 """The columns of a shard under construction: compact encodings where they are exact, else raw.
 
-Only encoded rows are kept in memory. When a row does not fit the compact encoding of a column, the
-previous rows are decoded, which is exact since each was checked, and the column continues as raw.
+Only encoded rows are kept in memory. When a row cannot be represented exactly in the compact
+encoding of a column, the previous rows are decoded (exactly, since each was checked) and the column
+is stored raw from then on.
 """
 
 from __future__ import annotations
@@ -111,9 +112,9 @@ class ShardColumns:
         self._dist_raw[row] = dist_map.reshape(-1)
 
     def _pack_distances(self, row: int, sample: Sample) -> bool:
-        """Packs a row; returns True if decoding it gives the source's maps, to the bit.
+        """Packs a row; returns True if decoding it restores the source's maps to the bit.
 
-        If the source has no maps, decoding must give the integers that were packed.
+        If the source has no maps, decoding must restore the packed integers.
         """
         squared, given = self._exact, sample.dist_map
         if given is None:
@@ -132,14 +133,14 @@ class ShardColumns:
             # comparing the integers is enough.
             decoded = self._decoder.squared(self._squared[row], self._first[row])
             return bool(np.array_equal(decoded, squared))
-        except DataError:  # maps with another definition, which give impossible integers
+        except DataError:  # maps with another definition give impossible integers
             return False
 
     def _decode_maps(self, row: int, out: NDArray[np.float32]) -> None:
         self._decoder.distances(self._squared[row], self._first[row], self._label[row], out)
 
     def encodings(self) -> Encodings:
-        """Returns the present encoding of each column."""
+        """Returns the current encoding of each column."""
         found: Encodings = {column: {"encoding": RAW} for column in COLUMNS}
         found["label"] = {"encoding": BITS}
         if self._weights_raw is None:

@@ -18,7 +18,7 @@ _FILE_NAME = re.compile(r"shard-\d{5,}\.arrow")
 
 
 def rebuild_hint(path: Path) -> str:
-    """Returns how to replace a bad file: a shard is rebuilt alone, a manifest with its split."""
+    """Returns the hint for a bad file: a shard is rebuilt alone, a manifest with its split."""
     bad = path if path.suffix == ".arrow" else path.parent
     return f"remove {bad} and rebuild it with: {MATERIALIZE}"
 
@@ -63,7 +63,7 @@ def _find_problem(manifest: dict[str, Any]) -> str:
     """Returns a description of the first problem, or an empty string."""
     for entry in manifest["files"]:
         all_fields(entry["encodings"])
-        # The manifest may come from anyone: a name must not point outside the directory.
+        # The manifest is untrusted: a file name must not point outside the directory.
         if not _FILE_NAME.fullmatch(entry["file"]):
             return f"a file named {entry['file']!r}, expected shard-00000.arrow"
         if not (_is_count(entry["rows"]) and _is_count(entry["bytes"])):

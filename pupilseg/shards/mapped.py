@@ -71,9 +71,9 @@ class Shard(NamedTuple):
             ) from error
 
     def read_ahead(self, row: int, names: Iterable[str]) -> None:
-        """Asks the kernel to read fields of a row, without waiting.
+        """Asks the kernel to read fields of a row, without waiting for them.
 
-        Fields smaller than a page are skipped: the call costs more than the page fault it avoids.
+        Skips fields smaller than a page, for which the call takes longer than a page fault.
         """
         for name in names:
             size = self.fields[name].strides[0] if name in self.fields else 0
@@ -86,7 +86,8 @@ class Shard(NamedTuple):
 class ColumnView:
     """A column of several shards.
 
-    An index, or a slice within one shard, gives a view; any other selection gives a copy.
+    Indexing with an integer, or with a slice within one shard, returns a view. Any other selection
+    returns a copy.
     """
 
     def __init__(self, parts: list[NDArray[Any]]) -> None:
@@ -185,7 +186,7 @@ def parse(path: Path, mapping: mmap.mmap, entry: dict[str, Any]) -> Shard:
         buffer = batch.column(stored.name).values.buffers()[1]
         count = entry["rows"] * stored.width
         offset = offsets[stored.name] = buffer.address - whole.address if count else 0
-        # From the mapping itself, so that it is the only owner of the views.
+        # Views of the mapping itself, so that nothing else keeps it open.
         flat = np.frombuffer(mapping, stored.dtype, count, offset)
         fields[stored.name] = flat.reshape(entry["rows"], stored.width)
     return Shard(path, encodings, fields, names, mapping, offsets)

@@ -35,7 +35,7 @@ class ShardSet:
     """The samples of one split, opened by `open_shards`.
 
     Views stay valid after `close`: a mapping is released with its last view. Pickling saves only
-    the directory, and the copy opens the files again. After a fork both processes may read.
+    the directory, and unpickling opens the files again. After a fork, both processes can read.
 
     Attributes:
         directory: the split's directory.
@@ -76,15 +76,16 @@ class ShardSet:
     @overload
     def __getitem__(self, column: Any) -> Any: ...
     def __getitem__(self, column: str) -> Any:
-        """Returns a column as it is stored, without a copy.
+        """Returns a column as stored, without copying it.
 
         The result is a read-only NumPy view for a split of one file, and a `ColumnView` for several
         files. Raw columns have their decoded shape, e.g. image uint8 (n, 400, 640); encoded columns
-        are (n, width). "name" is a list of strings. "dist_map_first" exists beside an encoded
-        "dist_map".
+        are (n, width). "name" is a list of strings. An encoded "dist_map" has a second column,
+        "dist_map_first".
 
         Raises:
-            KeyError: no such column, or shards store it in different encodings; use `sample`.
+            KeyError: there is no such column, or the shards store it in different encodings (use
+                `sample` then).
         """
         self._check_open()
         if column == NAME:
@@ -130,7 +131,7 @@ class ShardSet:
             raise ValueError(f"the shards of {self.directory} are closed")
 
     def close(self) -> None:
-        """Releases the mappings; one with views is released with the last of them."""
+        """Releases the mappings; a mapping with views is released with the last view."""
         self.shards = []
         for mapping in self._mappings:
             try:
@@ -167,7 +168,7 @@ def open_shards(directory: str | Path) -> ShardSet:
         A context manager, which closes the shards at the end of its block.
 
     Raises:
-        DataError: no manifest, one of another format or version, or a file that is missing or has
-            another size or other columns than listed. The message names the file and a fix.
+        DataError: the manifest is missing or has another format or version, or a file is missing
+            or does not have the listed size or columns. The message names the file and a fix.
     """
     return ShardSet(Path(directory))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _THREADS = 2
-"""Digests and decoding release the GIL; two threads keep up with most disks."""
+"""Computing digests and decoding release the GIL; two threads keep up with most disks."""
 
 
 def verify(directory: str | Path, *, progress: bool = False) -> int:

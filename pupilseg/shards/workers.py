@@ -24,8 +24,8 @@ class WorkQueue:
     """Work stealing over contiguous shards.
 
     Each worker starts with a contiguous run of shards; an idle worker takes half of the longest
-    remaining run. A parquet file can only be decoded forwards, so a worker that jumps pays for the
-    rows it skips: with shards handed out in turn, each of two workers would decode every row.
+    remaining run. A parquet file can only be decoded forward, so a worker also decodes the rows
+    that it skips: if two workers took shards alternately, each would decode every row.
 
     Args:
         shards: shard numbers in the order of the source.
@@ -97,14 +97,14 @@ _job: Job | None = None
 
 
 def _start_worker(job: Job) -> None:
-    """Initializes a worker process: one OpenCV thread, no Ctrl-C, and an end with its parent."""
+    """Initializes a worker process: one OpenCV thread, ignores Ctrl-C, exits with its parent."""
     global _job  # noqa: PLW0603 - passed once per process; as an argument it is pickled per task
     _job = job
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
-        # A worker of a pool would wait forever after its parent was killed.
+        # Otherwise a pool's worker waits forever if its parent is killed.
         def exit_with_parent() -> None:
             connection.wait([parent.sentinel])
             os._exit(1)

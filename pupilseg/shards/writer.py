@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 ROWS_PER_SHARD = 64
 MAX_FILES = 512
-"""Reading keeps every file of a split open, and a process may usually open 1,024 files."""
+"""Reading keeps every file of a split open; the usual limit per process is 1,024 open files."""
 _RECORDS = ".building"
 
 
@@ -82,7 +82,7 @@ def write_shards(
         preprocessing: a key of `preprocess.PREPROCESSINGS`. Preprocessing that the source already
             applied is not applied again.
         max_bad: maximum number of samples that may be bad; they are skipped and recorded.
-        source_options: how the source was read, to be recorded in the manifest.
+        source_options: options with which the source was read, recorded in the manifest.
         progress: show a progress bar if the output is a terminal.
 
     Returns:
@@ -154,8 +154,10 @@ def write_job(job: Job, *, workers: int = 1, progress: bool = True) -> dict[str,
         manifest = _reuse_manifest(job)
         if manifest is None:
             manifest = _write_manifest(job, _build_all(job, workers, progress))
-        # Also in a complete directory: an earlier call may have been killed just before this.
-        for leftover in job.out_dir.glob(".*.part"):  # of killed workers: this process has the lock
+        # Done in a complete directory too: an earlier call may have been killed just before this.
+        for leftover in job.out_dir.glob(
+            ".*.part"
+        ):  # left by killed workers, since this process has the lock
             leftover.unlink(missing_ok=True)
         shutil.rmtree(job.records_dir, ignore_errors=True)
     return manifest

@@ -1,4 +1,4 @@
-"""Shards under kills, full disks and flipped bits: complete or absent, all damage is detected."""
+"""After kills and full disks, shards are complete or absent; flipped bits are detected."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_resumes(victim, folder, wanted):
 @pytest.mark.long
 @pytest.mark.integration
 def test_thirty_kills_at_random_moments(tmp_path):
-    """Each resumed run gives the bytes of an uninterrupted one, and finished shards are kept.
+    """Each resumed run writes the same bytes as an uninterrupted one and keeps finished shards.
 
     `test_a_kill_before_each_change_to_a_file` covers every state on disk; this test adds kills
     during computations.

@@ -114,7 +114,7 @@ def test_a_reader_written_from_the_specification_gives_the_same_bits(folder):
 
 
 def test_from_file_of_datasets_reads_streams_only(folder):
-    """As docs/format.md says; if this test fails, update the page."""
+    """As documented in docs/format.md; if this test fails, update the page."""
     datasets = pytest.importorskip("datasets")
     with pytest.raises(pa.ArrowInvalid):
         datasets.Dataset.from_file(str(folder / "shards/train/shard-00000.arrow"))

@@ -336,7 +336,7 @@ def test_an_altered_shard_of_an_unfinished_run_is_rebuilt(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_complete_split_is_kept_and_another_is_refused(tmp_path):
+def test_a_complete_split_is_kept_and_a_different_one_is_refused(tmp_path):
     manifest = write_shards(FakeDataset(train=2), "train", tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     gone = FakeDataset(train=2, bad=frozenset({0, 1}))  # would fail if it were read
@@ -364,7 +364,7 @@ def test_bad_samples_are_counted_and_named_up_to_a_limit(tmp_path):
     check_equal(dataset, tmp_path, skip={1, 2, 7})
 
 
-def test_a_shard_may_lose_all_its_samples(tmp_path):
+def test_a_shard_may_have_only_bad_samples(tmp_path):
     dataset = FakeDataset(train=5, bad=frozenset({2, 3}))
     write_shards(dataset, "train", tmp_path / "some", rows_per_shard=2, max_bad=2)
     check_equal(dataset, tmp_path / "some", skip={2, 3})
@@ -499,7 +499,7 @@ def test_opening_and_closing_leaks_nothing(split):
     assert str(split) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_directory_has_one_writer(tmp_path):
+def test_only_one_process_may_write_to_a_directory(tmp_path):
     with directory_lock(tmp_path), pytest.raises(LockedError, match=f"pid {os.getpid()}"):
         write_shards(FakeDataset(train=1), "train", tmp_path)
     assert not (tmp_path / "manifest.json").exists()

@@ -19,7 +19,7 @@ def test_each_shard_is_taken_once_at_any_speed(count, workers, rng):
     assert all(queue.take(worker) is None for worker in range(workers))
 
 
-def test_workers_of_equal_speed_go_forwards_without_jumps():
+def test_workers_of_equal_speed_move_forward_without_jumps():
     queue, order = WorkQueue(range(8), 2), {0: [], 1: []}
     for turn in range(8):
         order[turn % 2].append(queue.take(turn % 2))
