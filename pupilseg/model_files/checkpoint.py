@@ -12,6 +12,7 @@ import json
 import pickle
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,13 @@ CARD_MEMBER = "archive/pupilseg.json"
 """Name of the card inside the archive; "archive" is the root that torch.save uses."""
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 """Zip's earliest date: the same weights give the same bytes whenever they are written."""
+_WIDE_MICRO: dict[str, Any] = {
+    "embed_dim": (16, 16, 16),
+    "ratios": (1, 1, 1),
+    "key_dim": 2,
+    "stem_dim": 6,
+}
+"""Architecture of `efficientvit_tiny` in files of pupilseg 0.1.0, where it was the default."""
 _NOT_AN_ARCHIVE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -222,7 +230,8 @@ def load_model_and_card(
     Raises:
         CheckpointError: as `load_model`.
     """
-    card = read_card(path)
+    weights = load_tensors(path)
+    card = _with_architecture(read_card(path), weights)
     try:
         model = create_model(card.model, **card.architecture)
     except (UsageError, AttributeError, TypeError, ValueError) as error:
@@ -230,7 +239,7 @@ def load_model_and_card(
             f"{path} describes a network that this version of pupilseg cannot build ({error}); "
             "upgrade pupilseg or give another file"
         ) from error
-    load_weights(model, load_tensors(path), path)
+    load_weights(model, weights, path)
     model.card = card  # type: ignore[assignment]  # nn.Module types every attribute as a tensor
     return model.to(device).eval(), card
 
@@ -252,6 +261,15 @@ def read_initial_card(path: Path, model: str) -> ModelCard:
             f"--init {path} holds the network {card.model!r}, but this run trains {model!r}; give "
             "a file of that network, or leave out --init"
         )
+    return _with_architecture(card, load_tensors(path))
+
+
+def _with_architecture(card: ModelCard, weights: Mapping[str, Any]) -> ModelCard:
+    """Returns a card with the architecture that files of earlier versions do not record."""
+    if card.model == "efficientvit_tiny" and not card.architecture:
+        stem = weights.get("encoder.stem.0.0.weight", ())
+        if len(stem) == _WIDE_MICRO["stem_dim"]:
+            return replace(card, architecture=_WIDE_MICRO)
     return card
 
 

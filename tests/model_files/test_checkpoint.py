@@ -25,6 +25,7 @@ from pupilseg.model_files.checkpoint import (
     load_weights,
     plain_state_dict,
     read_card,
+    read_initial_card,
     save_model,
     save_state,
 )
@@ -393,3 +394,15 @@ def test_a_state_round_trip_is_exact(tmp_path):
     found = load_tensors(tmp_path / "s.pt")
     assert torch.equal(found.pop("random"), state.pop("random"))
     assert found == state
+
+
+def test_the_wider_micro_network_of_version_0_1_0_is_recognized_by_its_weights(tmp_path):
+    """Its files record no architecture, since its widths were the default."""
+    widths = {"embed_dim": (16, 16, 16), "ratios": (1, 1, 1), "key_dim": 2, "stem_dim": 6}
+    wide = create_model("efficientvit_tiny", **widths)
+    path = tmp_path / "old.pt"
+    save_model(path, wide.state_dict(), ModelCard(model="efficientvit_tiny"))
+    loaded = load_model(path)
+    assert sum(p.numel() for p in loaded.parameters()) == 9933
+    assert loaded.card.architecture == widths
+    assert read_initial_card(path, "efficientvit_tiny").architecture == widths
