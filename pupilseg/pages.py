@@ -13,8 +13,8 @@ data block: `<script id="data" type="application/json">{{ data | tojson }}</scri
 
 A page may show `data:` images and run the template's own `<style>` and `<script>` elements, which
 the policy lists by their SHA-256 hashes. Browsers block everything else: network requests, `style`
-and `on...` attributes, and any script that a value smuggles in. The hashes are of the template's
-text, so these elements cannot contain Jinja expressions.
+and `on...` attributes, and any script injected through a value. The hashes are computed from
+the template's text, so these elements cannot contain Jinja expressions.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _INLINE = re.compile(r"<(style|script)>(.*?)</\1>", re.DOTALL)
 
 
 def render_page(template: Path, **values: Any) -> str:
-    """Returns a page as text.
+    """Renders a template and returns the page as text.
 
     Args:
         template: a Jinja template.
-        values: the variables that the template uses, apart from `policy`.
+        values: the variables of the template, except `policy`.
 
     Raises:
         jinja2.TemplateError: the template is invalid, or uses a variable that has no value.
@@ -51,7 +51,7 @@ def render_page(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # Jinja sorts the keys by default; the order of files and columns has a meaning here.
+    # Jinja sorts keys by default, but the order of files and columns matters here.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.from_string(source).render(values, policy=content_security_policy(source))
 

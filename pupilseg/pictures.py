@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from pupilseg.predict.predictor import Prediction
 
 GREEN, RED = (80, 220, 60), (60, 60, 255)
-"""Colors of label and prediction in BGR order."""
+"""Colors of labels and predictions, in BGR order."""
 SUFFIXES = (".png", ".jpg")
-"""Formats that images can be written in."""
+"""Suffixes of the formats that `write_image` supports."""
 MAX_SIDE_PX = 1280
-"""Maximum side of an overlay; larger frames are reduced."""
+"""Maximum side length of an overlay; larger frames are downscaled."""
 _SHIFT = 4
 """Number of fractional bits of the coordinates passed to OpenCV: 1/16 px."""
 
@@ -33,7 +33,7 @@ def opencv_path(path: str | os.PathLike[str]) -> str:
     """Returns a path as text that can be passed to OpenCV.
 
     Raises:
-        DataError: it is not valid UTF-8, on which OpenCV's functions crash (5.0 with Python 3.11).
+        DataError: it is not valid UTF-8, which crashes OpenCV (5.0 with Python 3.11).
     """
     text = os.fspath(path)
     try:
@@ -48,7 +48,7 @@ def opencv_path(path: str | os.PathLike[str]) -> str:
 def read_image(path: str | os.PathLike[str], *, color: bool = False) -> NDArray[np.uint8]:
     """Reads an image file as uint8: (H, W), or (H, W, 3) in BGR order.
 
-    16 bits are reduced to 8, and alpha is dropped.
+    16-bit images are reduced to 8 bits, and an alpha channel is dropped.
 
     Raises:
         DataError: the file is missing, unreadable, or not an image.
@@ -93,10 +93,10 @@ def write_image(
     Args:
         path: ends in one of `SUFFIXES`.
         image: uint8 (H, W), or (H, W, 3) in BGR order.
-        flush: as `files.atomic_path`.
+        flush: as in `files.atomic_path`.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     with atomic_path(path, flush=flush) as temporary:
         temporary.write_bytes(encode(image, str(path)[-4:]))
@@ -127,7 +127,7 @@ def compare(
 
 
 def sheet(tiles: Sequence[NDArray[np.uint8]], size_px: tuple[int, int]) -> NDArray[np.uint8]:
-    """Returns one image with the given ones in two columns.
+    """Combines images into one with two columns.
 
     Args:
         tiles: uint8 (H, W, 3) each, at least one.
@@ -145,7 +145,7 @@ def overlay(frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint
 
     Args:
         frame: uint8 (H, W).
-        prediction: of this frame.
+        prediction: for this frame.
 
     Returns:
         uint8 (h, w, 3) in BGR order, with sides of at most `MAX_SIDE_PX`.
@@ -187,7 +187,7 @@ def outline_ellipse(canvas: NDArray[np.uint8], ellipse: Ellipse, scale: float) -
 
 def caption(canvas: NDArray[np.uint8], text: str, row: int = 0) -> None:
     """Draws a line of ASCII text at the upper left, readable on any background."""
-    # The outline consists of shifted copies: a thicker stroke would widen the spacing (OpenCV 5).
+    # The outline is drawn as shifted copies: in OpenCV 5, thick strokes widen the letter spacing.
     around = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if dx or dy]
     for color, moves in (((0, 0, 0), around), ((255, 255, 255), [(0, 0)])):
         for dx, dy in moves:

@@ -1,4 +1,4 @@
-"""Measures the time per frame, in total and in the network alone."""
+"""Measures prediction time per frame, end to end and for the network alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FRAMES = 8
-"""Number of rendered eyes, used in turn."""
+"""Number of rendered eyes that the calls cycle through."""
 
 
 def machine() -> str:
-    """Returns the processor and the operating system in one line."""
+    """Returns the processor and the operating system as one line of text."""
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -39,24 +39,24 @@ def measure(
     """Times a model on rendered eyes of 400 x 640 pixels, one frame per call, without decoding.
 
     Args:
-        model: as for `Predictor`.
-        threads: number of threads of ONNX Runtime.
+        model: an ONNX file, or the name of released weights.
+        threads: number of ONNX Runtime threads.
         repeats: number of timed calls.
-        warmup: number of calls before them.
+        warmup: number of untimed calls that come first.
 
     Returns:
-        total_median_ms and total_p95_ms (preprocessing, network, blob, ellipse, confidence),
-        network_median_ms and network_p95_ms, threads, repeats, machine.
+        A dictionary with total_median_ms and total_p95_ms (preprocessing, network, blob, ellipse
+        and confidence), network_median_ms and network_p95_ms, threads, repeats, machine.
 
     Raises:
-        PupilSegError: as for `Predictor`.
+        PupilSegError: the errors of `Predictor`.
     """
     predictor = Predictor(model, threads)
     frames = [render(index).image for index in range(FRAMES)]
     stacked = [frame[None] for frame in frames]
     total: list[float] = []
     network: list[float] = []
-    # Alternating, so that a slow phase of the machine affects both.
+    # The two alternate so that a slow phase of the machine affects both.
     for index in range(warmup + repeats):
         which = index % FRAMES
         total.append(_milliseconds(partial(predictor, frames[which])))

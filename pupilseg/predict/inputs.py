@@ -20,18 +20,18 @@ VIDEO_SUFFIXES = {
     *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
     *(".ogv", ".webm", ".wmv"),
 }
-"""Suffixes that a folder is searched for; a file given by name may have any suffix."""
+"""Suffixes of the files that are used from a folder. A file passed by name may have any suffix."""
 
 
 class Source(NamedTuple):
     """An image, a video or a camera.
 
     Attributes:
-        text: its name in pupil.csv.
+        text: value of the `file` column in pupil.csv.
         key: unique identifier: the resolved path, or "camera:N".
-        name: unique path of its overlay and masks below their folders, without suffix.
-        camera: number of the camera; None for a file.
-        is_video: it has several frames, with times; True for a camera.
+        name: unique path of its overlay and masks, relative to their folders and without a suffix.
+        camera: camera number; None for a file.
+        is_video: True for a video or a camera, whose frames have timestamps.
     """
 
     text: str
@@ -53,13 +53,13 @@ def find_sources(
 
     Args:
         paths: files, folders (searched recursively), patterns with * ? [ ], or camera numbers.
-        names: key -> name of the sources of an earlier run, which keep their names.
-        without: the output directory, which may lie inside a searched folder; its files are used
-            only if they are given by name.
+        names: key -> name of each source of an earlier run; these names are reused.
+        without: the output directory. If it is inside a searched folder, its files are ignored
+            unless they are passed by name.
 
     Returns:
-        The sources in the order of the paths, with numbers in file names sorted as numbers, and an
-        error message for each path without a source.
+        The sources in the order of the paths (numbers in file names are sorted as numbers), and
+        one error message for each path without a source.
     """
     found: dict[str, tuple[str, Path, int | None]] = {}
     failed = []
@@ -88,12 +88,12 @@ def find_sources(
 
 
 def _files(text: str) -> tuple[list[tuple[Path, Path]], str]:
-    """Returns a path's files, each with its relative path, and a message in case there are none."""
+    """Returns the files for a path, each with its relative path, and an error if there are none."""
     path = Path(text)
     if path.is_dir():
         suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
         below = [p for p in path.rglob("*") if p.suffix.lower() in suffixes]
-        problem = f"{path} contains no image and no video ({', '.join(sorted(suffixes))})"
+        problem = f"{path} contains no images or videos ({', '.join(sorted(suffixes))})"
         files = [p for p in below if p.is_file() and not p.name.startswith(".")]
         return [(p, p.relative_to(path)) for p in files], problem
     if path.exists():
@@ -103,7 +103,7 @@ def _files(text: str) -> tuple[list[tuple[Path, Path]], str]:
 
 
 def _is_video(path: Path) -> bool:
-    """Returns True for a video suffix, or if the suffix is unknown and OpenCV reads no image."""
+    """Returns True for a video suffix, or an unknown suffix if OpenCV cannot read an image."""
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES or suffix in VIDEO_SUFFIXES:
         return suffix in VIDEO_SUFFIXES

@@ -1,12 +1,12 @@
-"""pupil.csv, and the SQLite database it is exported from.
+"""pupil.csv and the SQLite database that it is exported from.
 
-OUT/.pupil.sqlite3 holds the rows of all sources that were read to their end. Each source is one
+OUT/.pupil.sqlite3 holds the rows of every source that was read to its end. Each source is one
 transaction, so a killed run loses only the source it was working on. The database stays in OUT
 after the run: `--skip-existing` resumes from it, and `pupilseg view` looks up the overlays in it.
 
-A kill or a power failure cannot damage the database: SQLite's write-ahead log guarantees that, and
-a commit takes 11 us, since it does not wait for the disk. SQLite does not notice a changed byte
-inside a row, so each source also has a checksum.
+SQLite's write-ahead log protects the database from damage by a kill or a power failure. A commit
+takes 11 us because it does not wait for the disk. SQLite does not detect a changed byte inside a
+row, so each source also has a checksum.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _OLD_NAME = ".pupil.journal"
 """Text file that earlier versions wrote instead of the database."""
 
 _FORMAT = 1
-"""Number of the database format; part of the settings that have to agree."""
+"""Version of the database format; stored with the settings that must match when resuming."""
 # Text is stored as bytes, since file names need not be valid UTF-8.
 _TABLES = (
     "CREATE TABLE settings (json TEXT NOT NULL)",
@@ -85,7 +85,7 @@ _START_OVER = "choose another --out, or run without --skip-existing to predict a
 def row(
     source: Source, frame: Frame, prediction: Prediction, mm_per_px: float | None = None
 ) -> list[str]:
-    """Returns the cells of one frame."""
+    """Returns the cells of pupil.csv for one frame."""
     time_s = "" if frame.time_s is None else f"{frame.time_s:.6f}"
     start = [source.text, str(frame.number), time_s]
     area = str(int(prediction.mask.sum(dtype=int)))
@@ -108,16 +108,16 @@ def _csv_line(cells: list[str]) -> bytes:
 
 @contextlib.contextmanager
 def _database_errors(path: Path) -> Iterator[None]:
-    """Converts errors of SQLite.
+    """Converts SQLite errors to errors of pupilseg.
 
     Raises:
-        OutputError: the disk is full, another process has locked the database, or the like.
+        OutputError: the disk is full, another process has locked the database, or similar.
         DataError: the database is damaged.
     """
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        # The low byte is the primary result code. Errors of the Python module itself have none.
+        # The low byte is the primary result code. Errors of the Python module itself have no code.
         hint = _HINTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
         if hint is not None:
             raise OutputError(f"cannot write {path}: {hint} ({error})") from error
@@ -125,10 +125,10 @@ def _database_errors(path: Path) -> Iterator[None]:
 
 
 def overlay_names(out: Path) -> dict[str, str]:
-    """Returns the name of the overlay and masks of each source in the results of a run.
+    """Returns the name of the overlay and masks for each source of a run.
 
     Returns:
-        Value of the column `file` -> name; empty if there is no database.
+        Value of the `file` column -> name; empty if there is no database.
 
     Raises:
         DataError: the database is damaged.
@@ -148,11 +148,11 @@ def overlay_names(out: Path) -> dict[str, str]:
 
 
 class Journal:
-    """The database of a run. The caller locks the directory, and closes the journal in the end.
+    """The database of a run. The caller must lock the directory, and close the journal at the end.
 
     Args:
         out: the output directory.
-        settings: everything besides the files that rows depend on: model, region and so on.
+        settings: everything that the rows depend on besides the files: model, region and so on.
         resume: keep the results of an earlier run instead of starting over.
 
     Attributes:
@@ -169,13 +169,13 @@ class Journal:
         self.names: dict[str, str] = {}
         self._csv = out / CSV_NAME
         self._settings = {"format": _FORMAT, **settings}
-        # Of the current source:
+        # State of the current source:
         self._id = 1
         self._rows = 0
         self._checksum = 0
         old = out / _OLD_NAME
         if not resume:
-            # The log comes first: SQLite would apply it to the next database of this name.
+            # The log is deleted first: SQLite would apply it to a new database of the same name.
             with output_errors(self.path):
                 for suffix in ("-wal", "-shm", "-journal", ""):
                     self.path.with_name(DATABASE_NAME + suffix).unlink(missing_ok=True)
@@ -194,7 +194,7 @@ class Journal:
                 raise
 
     def _open(self) -> None:
-        """Creates the tables, or checks and reads what they hold."""
+        """Creates the tables, or checks and reads existing ones."""
         execute = self._connection.execute
         # A log without exclusive locking needs shared memory, which network drives lack.
         execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -269,7 +269,7 @@ class Journal:
         return found is not None and found == _file_stamp(source)
 
     def append(self, cells: list[str]) -> None:
-        """Adds a row of the current source.
+        """Adds a row to the current source.
 
         Raises:
             OutputError: the database cannot be written.
@@ -283,7 +283,7 @@ class Journal:
         self._checksum = zlib.crc32(line, self._checksum)
 
     def finish(self, source: Source, *, failed: bool) -> None:
-        """Ends the current source. Its rows count from now on, and replace those of earlier runs.
+        """Commits the rows of the current source, which replace those of earlier runs.
 
         Raises:
             OutputError: the database cannot be written.
@@ -305,12 +305,12 @@ class Journal:
         self._checksum = 0
 
     def write_csv(self, columns: tuple[str, ...]) -> None:
-        """Writes pupil.csv: the rows of all finished sources, in the order in which they ended.
+        """Writes pupil.csv: the rows of all finished sources, in the order in which they finished.
 
         Rows of a source that is not finished are dropped.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         with _database_errors(self.path):
             self._connection.rollback()
@@ -334,5 +334,5 @@ def _file_stamp(source: Source) -> tuple[int, int]:
 
 
 def _with_values(checksum: int, values: Iterable[object]) -> int:
-    """Returns the checksum of a source, given that of its lines."""
+    """Returns the checksum of a source from the checksum of its rows and its other values."""
     return zlib.crc32(repr(tuple(values)).encode(), checksum)

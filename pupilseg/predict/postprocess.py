@@ -1,4 +1,4 @@
-"""Postprocessing: finds the pupil's blob in a mask, its sub-pixel ellipse, and its confidence."""
+"""Postprocessing: finds the pupil in a mask, fits a subpixel ellipse, and rates its confidence."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from pupilseg.letterbox import Letterbox
 
 MIN_AREA_PX = 60
-"""Minimum area of a pupil in network pixels: a disc with a radius of 4.4 px."""
+"""Minimum area of a pupil in network pixels: a disk with a radius of 4.4 px."""
 MIN_ASPECT = 0.15
-"""Minimum semi-axis ratio b / a of a pupil; seen at an angle of 75 degrees, it is 0.26."""
+"""Minimum axis ratio b / a of a pupil. A round pupil seen from 75 degrees off axis has 0.26."""
 MIN_FILL = 0.75
-"""Minimum ratio of a pupil's area to that of the ellipse with its moments; 0.95 for half a disc.
+"""Minimum ratio of a pupil's area to the area of the ellipse with the same second moments.
 
-In the labels of 1,318 rendered and 100 OpenEDS pupils, the minimum fill is 0.96 and the minimum
-aspect 0.22; none is rejected."""
+Half a disk has a ratio of 0.95. In the labels of 1,318 rendered and 100 OpenEDS pupils, the minimum
+fill is 0.96 and the minimum aspect 0.22, so none is rejected."""
 
 
 class Blob(NamedTuple):
-    """A connected component of a mask that can be a pupil.
+    """A connected component of a mask that may be the pupil.
 
     Attributes:
         mask: uint8 (400, 640) of {0, 1}, without the other components.
         area_px: number of pixels.
         fill: ratio of its area to that of the ellipse with the same second moments, at most 1.
-        rows: bounding box, vertically.
-        columns: bounding box, horizontally.
+        rows: rows of the bounding box.
+        columns: columns of the bounding box.
     """
 
     mask: NDArray[np.uint8]
@@ -52,7 +52,7 @@ class Blob(NamedTuple):
 
 
 def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
-    """Returns the largest connected component that can be a pupil, or None.
+    """Returns the largest connected component that may be the pupil, or None.
 
     A component is rejected if it is smaller than `MIN_AREA_PX`, narrower than `MIN_ASPECT`, fills
     less than `MIN_FILL` of its ellipse (rings, borders, L-shapes), or contains a corner of the
@@ -63,13 +63,14 @@ def find_blob(mask: NDArray[np.bool_], box: Letterbox) -> Blob | None:
         box: position of the frame in the mask; everything outside is ignored.
     """
     rows, columns = box.content
-    # Only the bounding box of the set pixels: most masks contain nothing but a pupil.
+    # Search only the bounding box of the set pixels: most masks contain nothing but a pupil.
     left, top, wide, high = cv2.boundingRect(mask[box.content].view(np.uint8))
     left, top = left + columns.start, top + rows.start
     shown = mask[top : top + high, left : left + wide].view(np.uint8)
     if not shown.size:
         return None
-    # 400 x 640 pixels hold at most 64,000 components; 16 bits take a third of the time of 32.
+    # 400 x 640 pixels hold at most 64,000 components; 16-bit labels take a third of the
+    # time of 32-bit ones.
     count, labels, stats, _ = cv2.connectedComponentsWithStats(
         shown, connectivity=8, ltype=cv2.CV_16U
     )
@@ -112,7 +113,8 @@ def translated(ellipse: Ellipse, x: int, y: int) -> Ellipse:
 def margin_near(logits: NDArray[np.float32], blob: Blob) -> NDArray[np.float32]:
     """Returns the difference of the logits in a window around a blob, and 0 elsewhere.
 
-    The whole difference would be 1 MB to write and read; a pupil covers a twentieth of it.
+    The difference of the whole frame would be 1 MB to write and read; a pupil covers a twentieth of
+    it.
 
     Args:
         logits: float32 (2, 400, 640).
@@ -175,9 +177,9 @@ def blob_confidence(
 def ellipse_confidence(ellipse: Ellipse, image: NDArray[np.uint8], box: Letterbox) -> float:
     """Returns the raw confidence of an ellipse network, in [0, 1].
 
-    The network outputs no probability, so the image decides: max(0, 2 p - 1), where p is the share
-    of pixels in the ring from 1.2 to 1.6 semi-axes that are brighter than the median inside the
-    ellipse. It is 1 for a pupil and 0 at an arbitrary place.
+    The network outputs no probability, so the score is computed from the image: max(0, 2 p - 1),
+    where p is the fraction of pixels in the ring from 1.2 to 1.6 semi-axes that are brighter than
+    the median inside the ellipse. It is near 1 for a pupil and near 0 at an arbitrary position.
 
     Args:
         ellipse: in network pixels.

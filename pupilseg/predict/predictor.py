@@ -3,7 +3,7 @@
     predictor = Predictor("m.onnx")
     mask, ellipse, confidence = predictor(frame)  # frame: uint8 (H, W)
 
-The preprocessing that the network was trained with is read from the file's metadata and applied.
+The model file records the preprocessing that the network was trained with; it is applied here too.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Predictor:
 
     Args:
         path: an ONNX file written by `pipeline.export`, or one of `weights.NAMES`.
-        threads: number of threads of ONNX Runtime; 1 is the fastest for these networks.
+        threads: number of ONNX Runtime threads; 1 is fastest for these networks.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not written by pupilseg.
@@ -121,7 +121,7 @@ class Predictor:
             part = every[start : start + BATCH_SIZE]
             boxes = [Letterbox.of(_shape_of(frame)) for frame in part]
             fitted = [self._preprocess(b.fit(frame)) for b, frame in zip(boxes, part, strict=True)]
-            images = np.stack(fitted) if len(fitted) > 1 else fitted[0][None]  # stacking copies
+            images = np.stack(fitted) if len(fitted) > 1 else fitted[0][None]  # np.stack copies
             rows = zip(self.network(images), images, boxes, strict=True)
             found += [self._predict(*row) for row in rows]
         return found
@@ -131,12 +131,12 @@ class Predictor:
     ) -> Generator[Prediction]:
         """Yields the pupil in each frame, with the same results as `predictor(frame)`.
 
-        A background thread draws frames and runs the network while the caller uses earlier results.
+        A background thread reads frames and runs the network while the caller uses earlier results.
 
         Args:
             frames: uint8 (H, W) each; may be endless, like those of a camera.
-            slots: maximum number of results computed ahead; with 0 there is no thread, and a frame
-                is drawn only when its result is requested.
+            slots: maximum number of results computed ahead. With 0, there is no thread, and a frame
+                is read only when its result is requested.
 
         Raises:
             ValueError: a frame has another dtype or shape.
@@ -147,7 +147,7 @@ class Predictor:
     def _predict(
         self, output: NDArray[np.float32], image: NDArray[np.uint8], box: Letterbox
     ) -> Prediction:
-        """Returns the prediction for one frame, with a calibrated confidence if possible."""
+        """Returns the prediction for one frame, calibrated if the model has a calibration."""
         found = pupil_from_output(output, image, box)
         if found.ellipse is None or self.info.calibration is None:
             return found

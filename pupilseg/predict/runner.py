@@ -40,20 +40,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OVERLAYS = "overlays"
-"""Folder of the overlays in the output directory."""
+"""Name of the overlays' folder in the output directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What to write, and which part of each frame to use.
+    """Options of `predict_paths`.
 
     Attributes:
-        overlays: write each frame with the pupil's outline and center; for a video, a video.
+        overlays: draw the pupil's outline and center on each frame, and write the result as an
+            image, or as one video per video.
         masks: write a PNG with values 0 and 255 for each frame.
         skip_existing: resume an earlier run in the same directory.
         mm_per_px: size of a pixel at the eye, in millimeters; adds the column `diameter_mm`.
-        roi: the only part of each frame that the network sees.
-        threads: run the three stages in threads of their own; otherwise all in the caller's.
+        roi: part of each frame to use; None uses the whole frame.
+        threads: run the reading and the network in threads of their own; False runs all stages in
+            the caller's thread.
     """
 
     overlays: bool = True
@@ -70,8 +72,8 @@ class Outcome:
 
     Attributes:
         frames: number of frames predicted.
-        blinks: number of these without a pupil.
-        skipped: number of sources that an earlier run had finished.
+        blinks: number of frames without a pupil.
+        skipped: number of sources skipped because an earlier run had finished them.
         failed: one message for each path that could not be read completely.
         seconds: duration of the run.
     """
@@ -84,14 +86,14 @@ class Outcome:
 
 
 class _Item(NamedTuple):
-    """A frame of a source on its way through the stages, or, without a frame, the source's end.
+    """An item passed between the stages: a frame of a source, or the end of the source.
 
     Attributes:
         source: where the frame comes from.
         frame: None at the end of the source.
-        prediction: added by `_find`.
-        fps: frame rate that a video announces; 0 if unknown.
-        error: what was wrong with the source; empty if nothing was.
+        prediction: set by `_find`.
+        fps: frame rate stored in a video; 0 if unknown.
+        error: message about the source; empty if there was no error.
     """
 
     source: Source
@@ -114,12 +116,12 @@ def predict_paths(
     After a KeyboardInterrupt, pupil.csv contains the sources that were finished.
 
     Args:
-        predictor: with its model.
-        paths: as a user gives them; see `inputs.find_sources`.
-        out: gets pupil.csv, overlays/NAME.jpg (NAME.mp4 for a video) and, if requested,
+        predictor: runs the model.
+        paths: files, folders, patterns or camera numbers; see `inputs.find_sources`.
+        out: receives pupil.csv, overlays/NAME.jpg (NAME.mp4 for a video) and, if requested,
             masks/NAME.png (NAME/000000.png and so on for a video).
-        options: the defaults if None.
-        stop: called before each frame of a camera, which ends when it returns True.
+        options: None uses the defaults.
+        stop: called between the frames of a camera; the camera is closed when it returns True.
 
     Raises:
         OutputError: `out` cannot be written.
@@ -184,7 +186,7 @@ def predict_paths(
 
 
 def _announced_frames(sources: Iterable[Source]) -> int | None:
-    """Returns the number of frames, as far as the containers announce it; None with a camera."""
+    """Returns the total frame count according to the containers; None with a camera."""
     total = 0
     for source in sources:
         if source.camera is not None:
@@ -194,7 +196,7 @@ def _announced_frames(sources: Iterable[Source]) -> int | None:
 
 
 def _read(sources: Iterable[Source], stop: Callable[[], bool]) -> Generator[_Item]:
-    """Yields the frames of each source, then its end."""
+    """Yields the frames of each source, followed by an item for its end."""
     for source in sources:
         error = ""
         try:
@@ -222,7 +224,7 @@ def _read_video(source: Source, stop: Callable[[], bool]) -> Generator[_Item]:
 
 
 def _find(predictor: Predictor, roi: Roi | None, items: Generator[_Item]) -> Generator[_Item]:
-    """Adds the prediction to each frame; a frame that fails becomes an error of its source."""
+    """Adds predictions to the frames; an error in a frame is reported as one of its source."""
     with closing(items):
         for item in items:
             if item.frame is None:
@@ -250,7 +252,7 @@ def _predict(predictor: Predictor, roi: Roi | None, image: NDArray[np.uint8]) ->
 class _Pictures:
     """Overlays and masks of one source, as a context manager.
 
-    The overlays of a video are one file, which appears once the block has succeeded.
+    The overlays of a video are one file, which appears only if the `with` block succeeds.
     """
 
     def __init__(self, out: Path, source: Source, options: Options) -> None:
@@ -260,7 +262,7 @@ class _Pictures:
         self._video: VideoFile | None = None
 
     def write(self, frame: Frame, prediction: Prediction, fps: float) -> None:
-        """Writes overlay and mask of a frame, as far as the options ask for them."""
+        """Writes the overlay and the mask of a frame if the options request them."""
         name = self._source.name
         if self._options.overlays:
             picture = overlay(frame.image, prediction)

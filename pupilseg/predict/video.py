@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MISSING_SHARE = 0.02
-"""Share of announced frames that may be missing, since some containers only estimate the number."""
+"""Fraction of frames that may be missing, since some containers only estimate their number."""
 DEFAULT_FPS = 30.0
-"""Frame rate of the overlay video if the source does not announce one."""
+"""Frame rate of the overlay video if that of the source is unknown."""
 
 
 class Frame(NamedTuple):
@@ -46,10 +46,11 @@ class Video:
         source: a file, or the number of a camera.
 
     Attributes:
-        frames: number of frames that the container announces; 0 if unknown, as for a camera.
-        fps: frame rate that it announces; 0 if unknown.
-        has_stamps: `Frame.time_s` comes from timestamps; otherwise from the frame's number.
-        clock: describes the origin of `Frame.time_s`.
+        frames: number of frames according to the container; 0 if unknown, as for a camera.
+        fps: frame rate according to the container; 0 if unknown.
+        has_stamps: True if `Frame.time_s` comes from timestamps; False if it is computed from the
+            frame's number.
+        clock: source of `Frame.time_s`, for messages.
 
     Raises:
         DataError: OpenCV cannot open the source, or it contains no frame.
@@ -96,8 +97,8 @@ class Video:
     def _read(self) -> tuple[float, NDArray[np.uint8]] | None:
         """Returns the time in ms and the image of the next frame; None at the end.
 
-        For a camera, the time since the first frame is measured with this machine's clock: camera
-        drivers start at different times, and some report none.
+        For a camera, the time since the first frame is measured with this machine's clock, because
+        the timestamps of camera drivers have different origins, and some drivers have none.
         """
         success, picture = self._capture.read()
         if not success:
@@ -109,7 +110,7 @@ class Video:
         return self._capture.get(cv2.CAP_PROP_POS_MSEC), to_gray(picture)
 
     def __iter__(self) -> Iterator[Frame]:
-        """Yields the frames, once."""
+        """Yields the frames; they can be iterated over only once."""
         while (pair := self._first.pop(0) if self._first else self._read()) is not None:
             stamp_ms, image = pair
             counted = self._count / self.fps if self.fps else None
@@ -117,7 +118,7 @@ class Video:
             self._count += 1
 
     def check_complete(self) -> None:
-        """Compares the number of frames read so far with the number that a file announces.
+        """Compares the number of frames read so far with the number in the file's header.
 
         Raises:
             DataError: too many frames are missing.
@@ -125,8 +126,8 @@ class Video:
         missing = self.frames - self._count
         if not self._camera and missing > max(1, MISSING_SHARE * self.frames):
             raise DataError(
-                f"{self._name} is cut off or damaged: it announces {self.frames} frames, of which "
-                f"{self._count} could be decoded; their rows are kept"
+                f"{self._name} is cut off or damaged: only {self._count} of the {self.frames} "
+                "frames in its header could be decoded; their rows are kept"
             )
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ class Video:
 
 
 def announced_frames(path: Path) -> int:
-    """Returns the number of frames that a video's container announces; 0 if unknown."""
+    """Returns the number of frames in a video according to its container; 0 if unknown."""
     try:
         capture = cv2.VideoCapture(opencv_path(path))
     except DataError:
@@ -211,10 +212,11 @@ class VideoFile:
         self._frames += 1
 
     def finish(self) -> None:
-        """Completes the video and moves it into place; without a frame, there is no file.
+        """Completes the video and moves it into place; writes no file if there was no frame.
 
         Raises:
-            OutputError: the file cannot be renamed, or lacks frames: OpenCV reports no write error.
+            OutputError: the file cannot be renamed, or lacks frames. (OpenCV does not
+                report write errors.)
         """
         if self._writer is None:
             return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PAGE_NAME = "view.html"
 PICTURE_PX = 640
-"""Maximum side of the images in the page."""
+"""Maximum side length of the images in the page."""
 MAX_BYTES = 24_000_000
 """Maximum total size of the images in the page; further images are left out."""
 _TEMPLATE = Path(__file__).with_name("view_page.html")
@@ -38,8 +38,8 @@ def write_view(directory: Path, *, pictures: int = 400) -> Path:
 
     Args:
         directory: `out` of `runner.predict_paths`.
-        pictures: maximum number of frames shown with an image. Half of them are those with the
-            lowest confidence, the others are evenly spaced.
+        pictures: maximum number of frames shown with an image. Half of them are the frames with
+            the lowest confidence; the others are evenly spaced.
 
     Returns:
         Path of the page.
@@ -61,14 +61,14 @@ def write_view(directory: Path, *, pictures: int = 400) -> Path:
         if number in drawn and total + len(drawn[number]) <= MAX_BYTES:
             kept[number] = drawn[number]
             total += len(drawn[number])
-    selection = "" if len(kept) == len(rows) else ", doubtful and evenly spaced ones"
+    selection = "" if len(kept) == len(rows) else ": low-confidence and evenly spaced ones"
     data = {
         "title": f"{len(rows)} frames, {sum(row[blink] for row in rows)} without a pupil",
         "about": f"{directory.resolve().name}: {len(files)} files; this page contains the images "
         f"of {len(kept)} frames{selection}",
         "why_none": "this page contains no image of this frame (see pupilseg view --pictures N)"
         if kept
-        else "no overlays were found beside pupil.csv (run predict without --no-overlays)",
+        else "no overlays were found next to pupil.csv (run predict without --no-overlays)",
         "columns": columns,
         "rows": rows,
         "sources": files,
@@ -108,11 +108,11 @@ def choose_rows(confidences: Sequence[float], count: int) -> list[int]:
     """Chooses rows to show with an image, in order of priority, without duplicates.
 
     Args:
-        confidences: of each row.
+        confidences: one per row.
         count: maximum number of rows.
 
     Returns:
-        Alternately the next most doubtful row, and one of evenly spaced rows.
+        Row indices, alternately with the lowest remaining confidence and evenly spaced.
     """
     doubtful = np.argsort(np.asarray(confidences), kind="stable")[:count]
     spread = (
@@ -120,7 +120,7 @@ def choose_rows(confidences: Sequence[float], count: int) -> list[int]:
         .round()
         .astype(int)
     )
-    # In bit-reversed order, so that the first few of them are spread over all rows too.
+    # Bit-reversed order spreads even the first few of them over all rows.
     spread = spread[np.argsort([int(f"{i:032b}"[::-1], 2) for i in range(len(spread))])]
     turns = [int(n) for pair in zip(doubtful, spread, strict=True) for n in pair]
     return list(dict.fromkeys(turns))[:count]
@@ -134,7 +134,7 @@ def _pictures(
     for number in wanted:
         numbers.setdefault(rows[number][0], {})[rows[number][1]] = number
     for file, name in overlay_names(directory).items():
-        text = os.fsencode(file).decode("utf-8", "replace")  # as in the rows
+        text = os.fsencode(file).decode("utf-8", "replace")  # decoded as in `_read_rows`
         frames = numbers.get(text, {})
         still = directory / OVERLAYS / f"{name}.jpg"
         video = directory / OVERLAYS / f"{name}.mp4"
@@ -147,7 +147,7 @@ def _pictures(
 
 
 def _encoded(picture: NDArray[np.uint8]) -> str:
-    """Returns an image, reduced to `PICTURE_PX`, as a data URI."""
+    """Returns an image, downscaled to `PICTURE_PX`, as a data URI."""
     scale = PICTURE_PX / max(picture.shape[:2])
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])

@@ -1,4 +1,4 @@
-"""Prediction: the pupil is found in the frame's own pixels, for frames of all kinds."""
+"""Prediction: finds the pupil, in pixels of the original frame, for frames of all kinds."""
 
 import contextlib
 import itertools
@@ -60,13 +60,14 @@ def test_ellipse_is_found_to_a_tenth_of_a_pixel(predictor):
 @pytest.mark.parametrize(
     "shape", [(480, 640), (200, 320), (1200, 1920), (399, 641), (1500, 500), (37, 50)]
 )
-def test_other_sizes_are_mapped_back_to_their_own_pixels(predictor, shape):
+def test_results_are_in_pixels_of_frames_of_any_size(predictor, shape):
     unit = min(shape) / 400
     truth = Ellipse(0.44 * shape[1] + 0.3, 0.47 * shape[0], 110 * unit, 85 * unit, 0.4)
     frame = eye(truth, shape)
     mask, ellipse, _ = predictor(frame)
     assert mask.shape == shape
-    pixel = max(1.0, 1 / min(HEIGHT / shape[0], WIDTH / shape[1]))  # of the network, in the frame
+    # Size of a network pixel in the frame.
+    pixel = max(1.0, 1 / min(HEIGHT / shape[0], WIDTH / shape[1]))
     # An offset of half a pixel in any step would give an error of pixel / 2 - 0.5 or more.
     assert ellipse[:4] == pytest.approx(truth[:4], abs=0.12 * pixel)
     assert ellipse.angle_rad == pytest.approx(truth.angle_rad, abs=0.02)
@@ -124,7 +125,7 @@ def test_stream_equals_single_calls(predictor, slots):
     with contextlib.closing(predictor.stream(camera(), slots=slots)) as stream:
         for frame, found in zip(frames, stream, strict=False):
             assert found[1:] == predictor(frame)[1:]
-        assert len(drawn) <= 6 + slots + 1  # a bounded number of frames is drawn ahead
+        assert len(drawn) <= 6 + slots + 1  # a bounded number of frames is read ahead
     assert set(drawn) == {slots == 0}
     if not slots:
         assert len(drawn) <= 6
@@ -144,7 +145,7 @@ def test_calibration_of_the_file_is_applied(predictor, tmp_path):
 
 @pytest.mark.parametrize(("dx", "dy"), [(0.0, 0.0), (0.25, 0.5), (0.5, 0.75), (0.9, 0.1)])
 def test_sub_pixel_border(tmp_path, dx, dy):
-    """A small disc is measured to a fraction of a pixel, unlike by the moments of its mask."""
+    """A small disk is measured more precisely than by the moments of its mask."""
     predictor = Predictor(threshold_onnx(tmp_path / "t.onnx", 70))
     errors, coarse = [], []
     for radius in (5.1, 5.35, 5.6, 5.85):
@@ -229,14 +230,14 @@ def test_letterbox_padding_is_ignored(tmp_path):
     assert found.confidence > 0.9
 
 
-def test_closed_eyes_are_no_error(predictor):
+def test_closed_eyes_are_not_an_error(predictor):
     for shape in ((HEIGHT, WIDTH), (480, 640), (1, 1), (1, 5000)):
         mask, ellipse, confidence = predictor(np.full(shape, 120, np.uint8))
         assert (mask.shape, int(mask.sum()), ellipse, confidence) == (shape, 0, None, 0.0)
 
 
 def test_labels_of_rendered_eyes_are_plausible():
-    """`find_blob` rejects no real pupil, even if lids cover a part of it."""
+    """`find_blob` rejects no real pupil, even if lids cover part of it."""
     for index in range(30):
         label = render(index, 11).classes == 3
         blob = find_blob(label, WHOLE)
@@ -271,7 +272,7 @@ def test_ellipse_network(tmp_path):
     st.floats(-1.5, 1.5),
 )
 def test_drawing_in_a_window(x, y, a, b, angle):
-    # Equal up to rounding at the border, since the coordinates in a window are different numbers.
+    # Rounding may differ at the border, because coordinates are relative to the window.
     ellipse = Ellipse(x, y, max(a, b), min(a, b), angle)
     shape = (HEIGHT, WIDTH)
     assert np.count_nonzero(draw_ellipse(ellipse, shape) != ellipse_mask(ellipse, shape)) <= 1
@@ -293,7 +294,7 @@ def test_other_arrays_are_rejected(predictor, frame, hint):
 
 
 def bad_files(directory):
-    """Yields files that are not valid models, each with a part of its error message."""
+    """Yields files that are not valid models, each with part of its error message."""
     good = threshold_onnx(directory / "good.onnx").read_bytes()
 
     def put(name, content):

@@ -1,4 +1,4 @@
-"""Runs over files: one row per frame, in its own pixels, for all inputs and interruptions."""
+"""`predict_paths`: one row per frame for all kinds of input, also after interruptions."""
 
 import csv
 import math
@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from tests.helpers.frames import PUPIL, eye, write_video
 from tests.helpers.onnx_files import threshold_onnx
 from tests.helpers.paths import ROOT
 from tests.helpers.victim import Victim
+from tests.helpers.waiting import eventually
 
 BLINK = np.full((HEIGHT, WIDTH), 120, np.uint8)
 RESUME = Options(skip_existing=True)
@@ -164,7 +164,7 @@ def test_no_overlays(predictor, eyes, tmp_path):
 def test_region_and_millimeters(predictor, tmp_path):
     """Results are in pixels of the frame, and everything outside the region is ignored."""
     frame = eye(PUPIL)
-    cv2.circle(frame, (560, 90), 70, 20, -1)  # a larger dark disc outside the region
+    cv2.circle(frame, (560, 90), 70, 20, -1)  # a larger dark disk outside the region
     cv2.imwrite(str(tmp_path / "a.png"), frame)
     cv2.imwrite(str(tmp_path / "b.png"), frame[:300])
     cv2.imwrite(str(tmp_path / "c.png"), BLINK)
@@ -227,7 +227,7 @@ def test_finished_files_are_skipped_and_keep_their_rows(folder, predictor, eyes)
     assert (out / "overlays" / "3_png.jpg").is_file()  # no overlay overwrites another
 
 
-def test_other_settings_are_refused(folder, predictor, tmp_path):
+def test_resuming_with_other_settings_is_refused(folder, predictor, tmp_path):
     out = folder / "out"
     predict_paths(predictor, [str(folder / "in" / "1.png")], out, RESUME)
     before = files_below(out)
@@ -274,7 +274,7 @@ def test_damaged_databases_and_those_of_other_versions(folder, predictor):
 
 
 def test_a_changed_byte_never_changes_the_result(folder, predictor):
-    """Wherever it is, the source is predicted again, or the damage is reported."""
+    """Wherever the byte is, the source is predicted again or the damage is reported."""
     out = folder / "out"
     paths = [str(folder / "in" / f"{i}.png") for i in (1, 2, 11)]
     predict_paths(predictor, paths, out, Options(overlays=False))
@@ -331,8 +331,8 @@ def test_unusual_file_names(predictor, eyes, tmp_path, monkeypatch):
     assert write_view(tmp_path / "o").read_text().count("data:image/jpeg") == 4
 
 
-def test_the_database_can_be_read_by_others(folder, predictor):
-    """Other programs read it without write access; nothing is left beside it."""
+def test_other_programs_can_read_the_database(folder, predictor):
+    """They need no write access and leave no files next to it."""
     out = folder / "out"
     predict_paths(predictor, [str(folder / "in")], out)
     assert {path.name for path in out.iterdir()} == {"pupil.csv", "overlays", DATABASE_NAME}
@@ -358,11 +358,7 @@ def test_resuming_after_a_kill(number, folder, predictor, eyes):
     command += ["--skip-existing"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     overlays = folder / "out" / "overlays"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if len(list(overlays.glob("[!.]*"))) >= 16:
-            break
-        time.sleep(0.005)
+    eventually(lambda: len(list(overlays.glob("[!.]*"))) >= 16)
     process.send_signal(number)
     message = process.communicate()[1]
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
@@ -435,7 +431,7 @@ def test_one_writer_per_directory(folder, predictor):
 
 
 def bad_files(folder, frames):
-    """Yields unreadable files, each with a part of its error message."""
+    """Yields unreadable files, each with part of its error message."""
     video = write_video(folder / "whole.avi", frames).read_bytes()
     film = write_video(folder / "whole.mp4", frames, fourcc="mp4v").read_bytes()
     for name, content, message in (
@@ -446,7 +442,7 @@ def bad_files(folder, frames):
         ("notes.txt", b"hello" * 99, "neither an image nor a video"),
         ("cut.mp4", film[: len(film) // 2], "neither an image nor a video"),
         ("head.avi", video[:2000], "head.avi"),
-        ("cut.avi", video[: len(video) // 2], "it announces 11 frames, of which "),
+        ("cut.avi", video[: len(video) // 2], " of the 11 frames in its header could be decoded"),
     ):
         (folder / name).write_bytes(content)
         yield str(folder / name), message
@@ -542,7 +538,7 @@ def test_no_permission(predictor, folder):
 
 
 @pytest.mark.integration
-def test_disk_that_is_full_of_rows(predictor, folder):
+def test_a_disk_that_fills_up_with_rows(predictor, folder):
     """The error is one line, and the run can be resumed once there is space."""
     disk = folder / "disk"
     disk.mkdir()
@@ -574,7 +570,7 @@ def test_disk_that_is_full_of_rows(predictor, folder):
     ],
 )
 def test_disk(kind, content, message, predictor, folder, eyes):
-    """Uses a real small file system, if this user may mount one."""
+    """Uses a real small file system if the user is allowed to mount one."""
     disk = folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", kind, "tmpfs", str(disk)]
@@ -603,7 +599,7 @@ def test_patterns_and_duplicates(folder):
     assert (sources[-1].camera, sources[-1].text, sources[-1].name) == (3, "camera:3", "camera3")
     assert len(failed) == 1
     (folder / "bare").mkdir()
-    assert "contains no image and no video" in find_sources([str(folder / "bare")])[1][0]
+    assert "contains no images or videos" in find_sources([str(folder / "bare")])[1][0]
 
 
 def test_results_and_hidden_files_are_not_searched(folder, predictor):
@@ -666,7 +662,7 @@ def test_any_frame_rate_can_be_written(fps, eyes, tmp_path):
 
 
 def test_times_without_timestamps(eyes, tmp_path, caplog, predictor):
-    """Raw MJPEG is a sequence of images, without a container and timestamps."""
+    """Raw MJPEG is a sequence of images without a container or timestamps."""
     pictures = [cv2.imencode(".jpg", frame)[1].tobytes() for frame in eyes[:4]]
     (tmp_path / "v.mjpeg").write_bytes(b"".join(pictures))
     video = Video(tmp_path / "v.mjpeg")
@@ -684,7 +680,7 @@ def test_times_without_timestamps(eyes, tmp_path, caplog, predictor):
 
 @pytest.fixture
 def camera_7(eyes, tmp_path, monkeypatch):
-    """Replaces camera 7 by a file."""
+    """Replaces camera 7 with a file."""
     video = write_video(tmp_path / "v.avi", eyes, fps=5)
     capture = cv2.VideoCapture
     monkeypatch.setattr(
@@ -719,7 +715,7 @@ def test_a_camera_is_read_until_it_is_stopped(predictor, tmp_path):
     times = [float(row["time_s"]) for row in rows]
     assert times[0] == 0
     assert times == sorted(times)
-    assert times[3] < 0.5  # time of arrival, not that of a rate of 5 fps
+    assert times[3] < 0.5  # the time of arrival, not frame / 5 fps
     assert (tmp_path / "out" / "overlays" / "camera7.mp4").is_file()
     # A new recording is never skipped.
     options = Options(skip_existing=True)

@@ -1,4 +1,4 @@
-"""view.html: its content, and how it works in a real browser."""
+"""view.html: its content, and its behavior in a real browser."""
 
 import base64
 import json
@@ -19,10 +19,10 @@ from tests.helpers.onnx_files import threshold_onnx
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A run over two images and a video of 12 frames: the fifth is doubtful, the last a blink."""
+    """Results for two images and a 12-frame video; frame 4 has low confidence, 11 is a blink."""
     folder = tmp_path_factory.mktemp("view")
     frames = [eye(PUPIL._replace(center_x_px=200 + 10 * i)) for i in range(12)]
-    frames[4][:80, 300:500] = 20  # a dark bar beside the pupil
+    frames[4][:80, 300:500] = 20  # a dark bar next to the pupil
     frames[11][:] = 120
     write_video(folder / "v.avi", frames, fps=10)
     (folder / "in" / "x<").mkdir(parents=True)
@@ -54,7 +54,7 @@ def test_page_is_self_contained(out):
     assert sorted(data["sources"].values()) == [1, 1, 12]
     assert not re.search(r'https?://|src="(?!data:)|<link|@import|url\(', text)
     assert len(text) < 2_000_000
-    # Each row has the image of its frame: the red cross is at the center that the row gives.
+    # Each row has the image of its frame: the red cross is at the center stored in the row.
     for number in (0, 4, 9):
         encoded = base64.b64decode(data["pictures"][str(number)].split(",")[1])
         picture = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR).astype(int)
@@ -66,8 +66,8 @@ def test_page_is_self_contained(out):
 def test_number_of_pictures_is_limited(out):
     data, _ = data_of(write_view(out, pictures=3))
     assert len(data["pictures"]) == 3
-    assert "4" in data["pictures"]  # the doubtful one
-    assert "contains the images of 3 frames, doubtful" in data["about"]
+    assert "4" in data["pictures"]  # the one with the low confidence
+    assert "contains the images of 3 frames: low-confidence and" in data["about"]
     assert len(data["rows"]) == 14
 
 
@@ -125,7 +125,7 @@ def test_directories_without_results(tmp_path):
 @pytest.mark.integration
 @pytest.mark.skipif(PATH is None, reason="no chromium or chrome on this machine")
 def test_in_a_browser(out, tmp_path):
-    """Keys, buttons, slider, list, curves and the choice of a source; no request is made."""
+    """Keys, buttons, slider, list, curves and source menu work, and no request is made."""
     page = write_view(out)
     data, _ = data_of(page)
     with Browser(tmp_path / "profile") as browser:
@@ -139,7 +139,7 @@ def test_in_a_browser(out, tmp_path):
             picture = browser.value("document.querySelector('#frame img')?.src ?? null")
             return int(facts["frame"]), facts, picture
 
-        # The page starts at the most doubtful frame.
+        # The page starts at the frame with the lowest confidence.
         number, facts, picture = shown()
         assert number == 4
         assert facts["file"].endswith("v.avi")
