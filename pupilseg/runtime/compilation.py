@@ -22,36 +22,45 @@ _COMPILER_ERRORS = (RuntimeError, OSError)
 
 
 class Compiled(Generic[Parameters, Result]):
-    """A function that is compiled at its first call, or called as it is if compiling fails.
+    """A function that is compiled at its first call, or stays as it is if that fails.
 
     Args:
-        function: to compile. An error of its own is raised again by the eager call.
+        function: to compile. The errors that it raises itself are raised as without compilation.
         name: what runs slower without a compiler, for the warning.
+
+    Attributes:
+        compiled: whether the function is compiled; None before the first call.
     """
 
     def __init__(self, function: Callable[Parameters, Result], name: str) -> None:
-        self._eager = function
+        self.compiled: bool | None = None
+        self._function = function
         self._name = name
-        self._compiled: Callable[Parameters, Result] | None = None
-        self._failed = False
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         """Calls the function."""
-        if not self._failed:
-            try:
-                if self._compiled is None:
-                    self._compiled = torch.compile(self._eager)
-                return self._compiled(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
-            except _COMPILER_ERRORS as error:
-                self._failed = True
-                log.warning(
-                    "%s is not compiled and therefore slower: %s; install a C compiler",
-                    self._name,
-                    _first_line(error),
-                )
-        return self._eager(*args, **kwargs)
+        if self.compiled is None:
+            return self._first_call(*args, **kwargs)
+        return self._function(*args, **kwargs)
+
+    def _first_call(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        compiled: Callable[Parameters, Result] = torch.compile(self._function)
+        try:
+            result = compiled(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except _COMPILER_ERRORS as error:
+            result = self._function(*args, **kwargs)  # raises an error that is not the compiler's
+            self.compiled = False
+            log.warning(
+                "%s is not compiled and therefore slower: %s; install a C compiler",
+                self._name,
+                _reason(error),
+            )
+            return result
+        self._function = compiled
+        self.compiled = True
+        return result
 
 
 def compile_network(
@@ -90,7 +99,7 @@ def compile_network(
         log.warning(
             "the network is not compiled and trains slower: %s; install a C compiler, or pass "
             "--no-compile",
-            _first_line(error),
+            _reason(error),
         )
         return False
     finally:
@@ -101,5 +110,8 @@ def compile_network(
     return True
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _reason(error: Exception) -> str:
+    """Returns the line of a compiler's message that names the cause."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Dynamo wraps the cause: "backend='inductor' raised:", then the error itself.
+    return lines[1] if lines[0].endswith("raised:") and len(lines) > 1 else lines[0]

@@ -26,6 +26,8 @@ COUNTS = (
     "center_frames",
     "pupil_frames",
 )
+_UNITS = ELLIPSE_SCALE.tolist()
+"""Python numbers: converting NumPy's while tracing breaks the graph."""
 
 
 def predicted_mask(output: Tensor | EllipseOutput) -> Tensor:
@@ -50,8 +52,7 @@ def ellipse_px(vectors: Tensor) -> Tensor:
     Scaled column by column with Python numbers: to copy a constant tensor to CUDA would wait.
     """
     columns = vectors.float().unbind(dim=1)
-    scaled = (x * float(unit) for x, unit in zip(columns, ELLIPSE_SCALE, strict=True))
-    return torch.stack(list(scaled), dim=1)
+    return torch.stack([x * unit for x, unit in zip(columns, _UNITS, strict=True)], dim=1)
 
 
 def ellipse_masks(vectors: Tensor) -> Tensor:

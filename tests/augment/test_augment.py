@@ -702,6 +702,7 @@ def test_cuda_never_synchronizes_and_agrees_with_the_cpu(compiled):
     there = to(batch, device)
     own = torch.Generator(device).manual_seed(1)
     augment(there, config, own, compiled=compiled)
+    assert not compiled or apply._compiled().compiled
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

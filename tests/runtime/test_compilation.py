@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from pupilseg.models.layers import TokenMixing
-from pupilseg.runtime.compilation import compile_network
+from pupilseg.runtime.compilation import Compiled, compile_network
 from tests.helpers.paths import ROOT
 
 OFF = {"device_type": "cpu", "enabled": False}
@@ -61,6 +61,64 @@ def test_the_trial_run_has_no_side_effects():
     compile_network(model, torch.rand(2, 1, 8, 8), torch.sum, OFF, mode="default")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def own(caplog):
+    """Returns the messages of the library, without those of torch's compiler."""
+    return [record.message for record in caplog.records if record.name.startswith("pupilseg")]
+
+
+def three(x):
+    return x.reshape(3) * 2
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Traces functions without generating code for them, which takes seconds."""
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_function_is_compiled_at_its_first_call(caplog):
+    function = Compiled(three, "this")
+    assert function.compiled is None
+    assert function(torch.ones(3, 1)).tolist() == [2, 2, 2]
+    assert function.compiled is True
+    # Later errors are raised, and do not turn compilation off.
+    with pytest.raises(RuntimeError):
+        function(torch.ones(4))
+    assert function(torch.ones(3)).tolist() == [2, 2, 2]
+    assert function.compiled is True
+    assert own(caplog) == []
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_error_of_the_function_at_its_first_call_is_not_the_compilers(caplog):
+    function = Compiled(three, "this")
+    with pytest.raises(RuntimeError, match="shape"):
+        function(torch.ones(4))
+    assert own(caplog) == []
+    assert function(torch.ones(3)).tolist() == [2, 2, 2]
+    assert function.compiled is True
+
+
+def test_a_function_that_cannot_be_compiled_is_called_as_it_is(caplog, monkeypatch):
+    def refuse(_graph, _inputs):
+        raise RuntimeError("no compiler\nmore lines")
+
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=refuse))
+    function = Compiled(three, "this")
+    for _ in range(2):
+        assert function(torch.ones(3)).tolist() == [2, 2, 2]
+    assert function.compiled is False
+    (message,) = own(caplog)
+    assert message == (
+        "this is not compiled and therefore slower: RuntimeError: no compiler; install a C compiler"
+    )
 
 
 def test_without_a_compiler_it_warns_once_and_continues(tmp_path):

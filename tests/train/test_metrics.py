@@ -13,6 +13,8 @@ from pupilseg.geometry import (
     ellipse_mask,
     ellipse_vector,
 )
+from pupilseg.models import create_model, model_entry
+from pupilseg.train.losses import LOSSES
 from pupilseg.train.metrics import (
     COUNTS,
     EpochMetrics,
@@ -21,7 +23,7 @@ from pupilseg.train.metrics import (
     predicted_mask,
     scores,
 )
-from tests.helpers.batches import BLINK
+from tests.helpers.batches import BLINK, random_batch
 from tests.helpers.fakes import random_label
 
 CPU = torch.device("cpu")
@@ -233,6 +235,24 @@ def test_masks_of_both_kinds_of_output():
     assert mask.nonzero().tolist() == [[0, 3, 4]]
     vectors = torch.tensor([[0.5, 0.5, 0.1, 0.1]])
     assert torch.equal(predicted_mask(vectors), ellipse_masks(vectors))
+
+
+@pytest.mark.parametrize("name", ["efficientvit_tiny", "ellipse"])
+def test_loss_and_metrics_trace_into_one_graph(name):
+    """A break would cost launches on CUDA, and passes over memory."""
+    batch = random_batch(2, seed=3)
+    loss, terms = LOSSES[model_entry(name).task]
+    output = create_model(name).train()(batch.image)
+    metrics = EpochMetrics(terms, CPU)
+
+    def both(output, alpha):
+        losses = loss(output, batch, alpha)
+        metrics.update(losses, predicted_mask(output), batch.label, batch.ellipse)
+        return losses["loss"]
+
+    torch._dynamo.reset()
+    traced = torch._dynamo.explain(both)(output, torch.tensor(0.5))
+    assert traced.graph_count == 1, traced.break_reasons
 
 
 def test_half_precision_ellipses_are_drawn_in_float32():
