@@ -14,10 +14,8 @@ from pupilseg.train.losses import (
     SEGMENTATION_TERMS,
     alpha_schedule,
     ellipse_loss,
-    generalized_dice_loss,
     segmentation_loss,
-    surface_loss,
-    weighted_cross_entropy,
+    segmentation_terms,
 )
 from pupilseg.train.losses.ellipse import COVER_CE_WEIGHT, cover_loss
 from tests.helpers.batches import BLINK, batch_of, random_batch
@@ -96,13 +94,11 @@ def test_terms_equal_the_reference_for_any_share_of_pupil(data):
     logits, label, weights, dist_map = small_case(data)
     expected = reference(logits, label, weights, dist_map, 0.5)
     z = torch.from_numpy(logits[:, 1] - logits[:, 0])
-    truth, p = torch.from_numpy(label).double(), torch.sigmoid(z)
-    ce = float(weighted_cross_entropy(z, truth, torch.from_numpy(weights)))
+    targets = (torch.from_numpy(x) for x in (label, weights, dist_map))
+    ce, dice, boundary = (float(term) for term in segmentation_terms(z, *targets))
     # torch's softplus is linear above 20, an error of 2e-9.
     assert ce == pytest.approx(expected["ce_loss"], rel=1e-7, abs=1e-7)
-    dice = float(generalized_dice_loss(p, truth))
     assert dice == pytest.approx(expected["dice_loss"], rel=1e-9, abs=1e-12)
-    boundary = float(surface_loss(p, torch.from_numpy(dist_map)))
     assert boundary == pytest.approx(expected["surface_loss"], rel=1e-9, abs=1e-12)
 
 
@@ -117,9 +113,7 @@ def test_gradients_by_finite_differences(share):
     label = (torch.rand(shape, generator=generator) < share).double()
     weights, dist_map = draw(*shape).abs(), draw(2, 2, 4, 5)
     z = draw(*shape).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: weighted_cross_entropy(x, label, weights), z)
-    assert torch.autograd.gradcheck(lambda x: generalized_dice_loss(torch.sigmoid(x), label), z)
-    assert torch.autograd.gradcheck(lambda x: surface_loss(torch.sigmoid(x), dist_map), z)
+    assert torch.autograd.gradcheck(lambda x: segmentation_terms(x, label, weights, dist_map), z)
 
 
 def test_the_gradient_equals_that_of_a_softmax_over_two_channels(batch):
@@ -154,12 +148,13 @@ def test_closed_forms(batch):
 
 def test_dice_of_a_half_overlap():
     """A pupil of 4 of 16 pixels; the prediction has two of them and two others."""
-    label, probability = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
+    label, z = torch.zeros(1, 4, 4), torch.full((1, 4, 4), -40.0)
     label[0, 0] = 1
-    probability[0, 0, :2] = probability[0, 1, :2] = 1
+    z[0, 0, :2] = z[0, 1, :2] = 40
     # pupil: w 1/16, intersection 2, union 8; background: w 1/144, intersection 10, union 24
     expected = 1 - 2 * (2 / 16 + 10 / 144) / (8 / 16 + 24 / 144)
-    assert float(generalized_dice_loss(probability, label)) == pytest.approx(expected, abs=1e-6)
+    _, dice, _ = segmentation_terms(z, label, torch.zeros(1, 4, 4), torch.zeros(1, 2, 4, 4))
+    assert float(dice) == pytest.approx(expected, abs=1e-6)
 
 
 def test_better_predictions_score_better(batch):

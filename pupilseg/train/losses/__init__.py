@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pupilseg.train.losses.cross_entropy import weighted_cross_entropy
-from pupilseg.train.losses.dice import generalized_dice_loss
 from pupilseg.train.losses.ellipse import ELLIPSE_TERMS, ellipse_loss
 from pupilseg.train.losses.segmentation import (
     SEGMENTATION_TERMS,
     alpha_schedule,
     segmentation_loss,
+    segmentation_terms,
 )
-from pupilseg.train.losses.surface import surface_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,10 +32,8 @@ __all__ = [
     "Loss",
     "alpha_schedule",
     "ellipse_loss",
-    "generalized_dice_loss",
     "segmentation_loss",
-    "surface_loss",
-    "weighted_cross_entropy",
+    "segmentation_terms",
 ]
 
 
