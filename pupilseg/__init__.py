@@ -1,6 +1,6 @@
 """Tiny networks that find the pupil in near-infrared eye images.
 
-`import pupilseg` needs NumPy alone; names that need torch are imported when first used.
+`import pupilseg` needs only NumPy; names that need torch are imported on first use.
 """
 
 from __future__ import annotations

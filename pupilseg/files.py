@@ -1,9 +1,9 @@
 """Atomic file writes, locks between processes, and JSON files.
 
 A file is written under a hidden temporary name in its own directory (`.NAME.HOST-PID-N.part`),
-flushed to disk and renamed, so that a process killed at any moment leaves the old file or none.
-A killed process can leave its temporary file behind; the next process on the same machine that
-writes into the directory removes it.
+flushed to disk and renamed, so that `NAME` is never partially written, even if the process is
+killed. A killed process can leave its temporary file behind; the next process on the same machine
+that writes into the directory removes it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _OUTPUT_IF_NAMED = {
     errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
     errno.EIO: "the disk reports an I/O error; check it, or choose another output directory",
 }
-"""Hints for errors that reading can raise too: used only if the error concerns the output path."""
+"""Hints for errors that reading can also raise; used only if the error concerns the output path."""
 
 
 @contextlib.contextmanager
@@ -240,7 +240,7 @@ def directory_lock(
 
     Args:
         directory: created if missing.
-        wait: wait for another holder instead of raising; logs once which one.
+        wait: wait for another holder instead of raising; logs the holder once.
         timeout_s: longest wait in seconds; None waits without limit.
 
     Raises:
@@ -258,8 +258,8 @@ def file_lock(
 ) -> Iterator[None]:
     """Holds a lock file, which the operating system releases when the process ends.
 
-    The lock file names its holder and is removed on release, so that tools which compute digests of
-    the directory (DVC) do not see it. A file system without locks falls back to `SoftFileLock`.
+    The lock file names its holder. It is removed on release, so that tools that compute digests of
+    the directory (DVC) do not see it. On file systems without locks, `SoftFileLock` is used.
 
     Args:
         path: the lock file.
@@ -271,10 +271,10 @@ def file_lock(
         LockedError: as `directory_lock`.
         OutputError: the lock file cannot be written.
     """
-    # Imported here: filelock takes 25 ms, and most programs that write files lock none.
+    # Imported here because it takes 25 ms, and most programs that write files take no lock.
     from filelock import FileLock, Timeout, UnixFileLock
 
-    # A new object per call: each has its own descriptor, so that threads exclude each other too.
+    # A new object per call has its own file descriptor, so that the lock also excludes threads.
     lock = FileLock(path, thread_local=False, poll_interval=_POLL_SECONDS)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def file_lock(
                 lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
             except Timeout:
                 raise _locked(path, subject) from None
-    # Windows refuses to write or remove a locked file, and a soft lock has a format of its own.
+    # Windows cannot write or remove a locked file, and soft locks have their own file format.
     named = isinstance(lock, UnixFileLock)
     try:
         if named:
@@ -299,7 +299,7 @@ def file_lock(
         yield
     finally:
         if named:
-            # While the lock is held: filelock retries if the file it locked has no name any more.
+            # Removed while the lock is held: filelock retries if its locked file has been removed.
             path.unlink(missing_ok=True)
         lock.release()
 

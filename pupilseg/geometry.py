@@ -26,8 +26,8 @@ NORMALIZED: NDArray[np.float32] = (
 ) / np.float32(0.5)
 """float32 (256,): network input of each gray level, `(x / 255 - 0.5) / 0.5`, computed in float32.
 
-`NORMALIZED[image]` normalizes a uint8 image. A table, because CUDA may replace `x / 255` by a
-multiplication with a rounded 1 / 255."""
+`NORMALIZED[image]` normalizes a uint8 image. A table is used because CUDA may replace `x / 255` by
+a multiplication by the rounded 1 / 255."""
 NO_PUPIL = np.zeros(4, dtype=np.float32)
 """Normalized vector of a frame without a pupil: semi-axes of zero length."""
 
@@ -51,17 +51,17 @@ class Ellipse(NamedTuple):
 
 
 def _moments(weights: NDArray[np.generic]) -> tuple[float, float, float, float, float] | None:
-    """Returns mean x, mean y, var x, var y, cov xy of pixels weighted by >= 0; None if all are 0.
+    """Returns mean x, mean y, var x, var y, cov xy of pixels with weights >= 0; None if all are 0.
 
-    Not `cv2.moments`, although it takes a tenth of the time: from its central moments, 111 of 6,000
-    free ellipses (pupils cut or whole, noise, single pixels) differ in float32, as shards store
-    them. Its raw moments are exact integers and give the same float32, but they serve masks only.
+    `cv2.moments` takes a tenth of the time, but its central moments change the stored float32
+    values of 111 of 6,000 free ellipses (pupils cut or whole, noise, single pixels). Its raw
+    moments are exact integers and give the same float32 values, but only for masks.
     """
     y = np.flatnonzero(weights.any(axis=1))
     x = np.flatnonzero(weights.any(axis=0))
     if not len(y):
         return None
-    # Within the bounding box: 0.05 ms for a pupil, compared with 0.34 for the whole frame.
+    # Only the bounding box: 0.05 ms for a pupil, compared with 0.34 ms for the whole frame.
     weights = weights[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
     y, x = np.arange(y[0], y[-1] + 1), np.arange(x[0], x[-1] + 1)
     rows = weights.sum(axis=1, dtype=np.float64)
@@ -78,10 +78,10 @@ def ellipse_from_mask(mask: NDArray[np.generic]) -> Ellipse | None:
     """Returns the ellipse with the mask's second moments per area.
 
     A filled ellipse with semi-axes (a, b) has second moments (a^2/4, b^2/4) along its axes, so the
-    semi-axes follow from the eigenvalues of the covariance of the set pixels. For whole ellipses
-    drawn with semi-axes over 15 px, the largest error of center and semi-axes is 0.04 px in the
-    median and at most 0.1 px in 97 of 100, without bias (`tests/test_geometry.py`);
-    `cv2.fitEllipse` on the contour is 0.4 px too small.
+    semi-axes follow from the eigenvalues of the covariance of the set pixels. For ellipses within
+    the frame and semi-axes over 15 px, the largest error of center and semi-axes has a median of
+    0.04 px, is at most 0.1 px in 97 of 100 cases, and has no bias (`tests/test_geometry.py`).
+    `cv2.fitEllipse` on the contour gives semi-axes that are 0.4 px too small.
 
     Args:
         mask: (H, W), any dtype; non-zero is pupil.
@@ -93,7 +93,7 @@ def ellipse_from_mask(mask: NDArray[np.generic]) -> Ellipse | None:
 
 
 def ellipse_from_weights(weights: NDArray[np.generic]) -> Ellipse | None:
-    """Returns the same as `ellipse_from_mask` for pixels that belong to the pupil in part.
+    """Generalizes `ellipse_from_mask` to pixels that are partly pupil.
 
     Args:
         weights: (H, W), bool or float, >= 0: the share of each pixel that is pupil.

@@ -88,7 +88,7 @@ class Letterbox(NamedTuple):
         directions, (a, b), _ = np.linalg.svd(shrink @ turn @ axes)
         angle = math.atan2(directions[1, 0], directions[0, 0])
         if a - b <= 1e-9 * a:
-            angle = ellipse.angle_rad  # a circle has no direction: keep the given one
+            angle = ellipse.angle_rad  # a circle has no direction, so keep the given angle
         elif angle <= -math.pi / 2:
             angle += math.pi
         elif angle > math.pi / 2:
@@ -104,14 +104,14 @@ class Letterbox(NamedTuple):
     def mask_to_frame(
         self, margin: NDArray[np.float32], blob: NDArray[np.uint8]
     ) -> NDArray[np.uint8]:
-        """Returns the frame's pixels at whose centers `margin`, interpolated, is positive.
+        """Returns the mask of frame pixels at whose centers the interpolated `margin` is positive.
 
         Sampled separably in float32, because `cv2.remap` and `cv2.warpAffine` round the weights of
         the interpolation to 5 bits.
 
         Args:
-            margin: float32 (400, 640), positive where the network sees pupil.
-            blob: uint8 (400, 640) of {0, 1}: the part of `margin > 0` to be mapped.
+            margin: float32 (400, 640), positive where the network predicts pupil.
+            blob: uint8 (400, 640) of {0, 1}: the part of `margin > 0` to map.
 
         Returns:
             uint8 (frame_height, frame_width) of {0, 1}.

@@ -21,7 +21,7 @@ EDGE_WEIGHT = np.float32(20.0)
 """Extra cross-entropy weight on the pupil boundary (RITnet `dataset.py`: 20 * edge)."""
 CANNY_THRESHOLDS = (0, 3)
 DILATION_KERNEL = np.ones((2, 1), dtype=np.uint8)
-"""The kernel that `cv2.dilate(x, (3, 3))` really uses: it reads the tuple as a column of ones."""
+"""The kernel that `cv2.dilate(x, (3, 3))` actually uses: the tuple is read as a column of ones."""
 MAX_DISTANCE_SQUARED = (HEIGHT - 1) ** 2 + (WIDTH - 1) ** 2
 """Largest u^2 in a frame, 567,522; also u^2 of every pixel if the other class is absent."""
 DIAGONAL = float(np.hypot(HEIGHT - 1, WIDTH - 1))
@@ -97,7 +97,7 @@ def squared_distance(label: NDArray[np.generic]) -> NDArray[np.int32]:
     """Returns u^2: the exact squared Euclidean distance of each pixel to the other class.
 
     If a class is absent, the distance is undefined and every pixel gets `MAX_DISTANCE_SQUARED`. The
-    maps of a blink are therefore finite and mean "far from any pupil".
+    maps of a blink are therefore finite, with the largest distance to a pupil everywhere.
 
     Args:
         label: (400, 640) of {0, 1}.
@@ -114,9 +114,9 @@ def squared_distance(label: NDArray[np.generic]) -> NDArray[np.int32]:
 def write_squared_distance(label: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Writes u^2, as returned by `squared_distance`, as float32.
 
-    OpenCV's precise transform computes in float32, but rounding its square gives the exact integer:
-    the relative error of 2^-23 of u <= 753.4 px is at most 0.14 of u^2, and squaring in float32
-    adds 0.04 (tested against SciPy in float64).
+    OpenCV's precise transform computes in float32, but rounding its square gives the exact integer.
+    For u <= 753.4 px, a relative error of 2^-23 changes u^2 by at most 0.14, and squaring in
+    float32 adds at most 0.04 (tested against SciPy in float64).
 
     Args:
         label: uint8 (400, 640) of {0, 1}, contiguous.
@@ -128,11 +128,11 @@ def write_squared_distance(label: NDArray[np.uint8], out: NDArray[np.float32]) -
         out.fill(MAX_DISTANCE_SQUARED)
         return
     ipp = cv2.ipp.useIPP()  # a setting of this thread
-    cv2.ipp.setUseIPP(False)  # OpenCV's own code takes 1.9 ms, Intel's 2.3 (AMD EPYC, one thread)
+    cv2.ipp.setUseIPP(False)  # IPP takes 2.3 ms, OpenCV's own code 1.9 (AMD EPYC, one thread)
     cv2.distanceTransform(1 - label, cv2.DIST_L2, cv2.DIST_MASK_PRECISE, dst=out)
     # Each transform is zero on the other class, so their sum is u everywhere. The background pixel
-    # nearest to a pupil pixel never lies beyond the ring around the box: moved onto the ring along
-    # one axis or both, it would be nearer.
+    # nearest to a pupil pixel is inside the box or on the one-pixel ring around it: a pixel farther
+    # out would be closer if it were moved onto the ring.
     out[window] += cv2.distanceTransform(inner, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     cv2.ipp.setUseIPP(ipp)
     np.multiply(out, out, out=out)
@@ -140,11 +140,11 @@ def write_squared_distance(label: NDArray[np.uint8], out: NDArray[np.float32]) -
 
 
 def write_squared_from_maps(dist_map: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Writes the u^2 of distance maps that follow the definition in this module.
+    """Recovers u^2 from distance maps that follow the definition in this module.
 
-    The positive one of a pixel's two distances is u / diagonal, rounded to float32. Its square is
-    within 0.1 of the integer, so rounding finds it. Maps with another definition give other
-    numbers, which a comparison with `maps_from_squared` reveals.
+    The positive one of a pixel's two distances is u / diagonal, rounded to float32. Its scaled
+    square is within 0.1 of the integer, so rounding recovers it. Maps with another definition give
+    other numbers; to detect them, compare the result of `maps_from_squared` with the maps.
 
     Args:
         dist_map: float32 (2, 400, 640).
@@ -158,10 +158,10 @@ def write_squared_from_maps(dist_map: NDArray[np.float32], out: NDArray[np.float
 
 
 def signed_tables() -> NDArray[np.float32]:
-    """Returns both signs of the normalized distance for every possible u^2.
+    """Returns the normalized signed distances for every possible u^2, outside and inside a class.
 
     float32 (2, 567523): row 0 is u / diagonal (outside the class), row 1 is -(u - 1) / diagonal
-    (inside), computed in float64 and rounded once, which float32 arithmetic does not reproduce.
+    (inside). Computed in float64 and rounded once; float32 arithmetic gives other values.
     """
     u = np.sqrt(np.arange(MAX_DISTANCE_SQUARED + 1, dtype=np.float64))
     return np.stack([u / DIAGONAL, (1 - u) / DIAGONAL]).astype(np.float32)
@@ -215,7 +215,7 @@ def maps_from_squared(
         diagonal inside.
     """
     u = np.sqrt(squared.astype(np.float64))
-    # 1 - u, since -(u - 1) is -0.0 on the border where revision B of the data set holds +0.0.
+    # 1 - u, because -(u - 1) gives -0.0 on the border, where revision B of the data set has +0.0.
     outside, inside = u / DIAGONAL, (1 - u) / DIAGONAL
     is_pupil = np.asarray(label) != 0
     both = np.stack([np.where(is_pupil, outside, inside), np.where(is_pupil, inside, outside)])

@@ -52,7 +52,7 @@ def write_splits(
     max_bad: int = 0,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Builds the shards of both splits of a downloaded source; finished ones are kept.
+    """Builds the shards of both splits of a downloaded source; finished shards are kept.
 
     Args:
         raw_dir: contains `source.json`.
@@ -126,10 +126,10 @@ def ensure_shards(
     progress: bool = True,
     hint: str | None = None,
 ) -> Path:
-    """Returns the directory of both splits' shards, which are downloaded and built if missing.
+    """Downloads a source and builds its shards if they are missing; returns the shards' directory.
 
-    If they are complete, it returns at once and uses neither the network nor the raw data, which
-    may have been removed. Several processes may call it at once: one works, the others wait.
+    If the shards are complete, it returns immediately and needs neither the network nor the raw
+    data. Several processes may call it at the same time: one does the work, the others wait.
 
     Args:
         data_dir: a directory for one source.
@@ -141,8 +141,8 @@ def ensure_shards(
         preprocessing: as `write_shards`.
         max_bad: as `write_shards`, for each split.
         progress: as `write_shards`.
-        hint: how to make room for another source, the end of the error message; None for the flag
-            of the local scripts and the folders to remove.
+        hint: end of the error message if the directory contains another source; by default it names
+            the flag of the local scripts and the folders to remove.
 
     Returns:
         `data_dir / "shards"`.

@@ -42,7 +42,7 @@ def gamma_clahe(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Returns:
         uint8 (H, W), a new array.
     """
-    # A new object each time: OpenCV's CLAHE keeps buffers and must not be shared by threads.
+    # A new object per call, because OpenCV's CLAHE keeps buffers that threads must not share.
     clahe = cv2.createCLAHE(clipLimit=CLAHE_CLIP_LIMIT, tileGridSize=CLAHE_TILES)
     return np.asarray(clahe.apply(cv2.LUT(image, GAMMA_TABLE)), dtype=np.uint8)
 
@@ -68,7 +68,7 @@ def get_preprocessing(name: str) -> Callable[[NDArray[np.uint8]], NDArray[np.uin
 
 
 def remaining_preprocessing(applied: str, wanted: str) -> tuple[str, str]:
-    """Returns the preprocessing to apply to images that a source may have preprocessed already.
+    """Returns the preprocessing that is still to be applied to a source's images.
 
     Args:
         applied: preprocessing that the source applied.

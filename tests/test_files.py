@@ -25,6 +25,7 @@ from pupilseg.files import (
     write_json,
 )
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import PATIENCE_S
 
 
 def names(folder):
@@ -88,7 +89,7 @@ with atomic_path(sys.argv[1]) as temporary:
 """
 
 
-def test_the_next_writer_in_the_directory_removes_what_a_killed_one_left(tmp_path):
+def test_the_next_writer_removes_the_temporary_file_of_a_killed_process(tmp_path):
     with started(HALF, tmp_path / "x") as program:
         program.send_signal(signal.SIGKILL)
     (leftover,) = names(tmp_path)
@@ -263,7 +264,7 @@ def test_a_lock_names_its_holder_and_waits_on_request(tmp_path, caplog):
         assert time.monotonic() - began >= 0.3
         assert f"held by pid {program.pid}" in caplog.text
         threading.Timer(0.3, program.stdin.close).start()
-        with directory_lock(folder, wait=True, timeout_s=120):
+        with directory_lock(folder, wait=True, timeout_s=PATIENCE_S):
             assert f"pid {os.getpid()} " in (folder / ".lock").read_text()
     assert names(folder) == []
 
@@ -282,7 +283,7 @@ def test_a_lock_admits_one_thread_at_a_time(tmp_path):
 
     def work():
         for _ in range(10):
-            with directory_lock(tmp_path, wait=True, timeout_s=120):
+            with directory_lock(tmp_path, wait=True, timeout_s=PATIENCE_S):
                 inside.append(1)
                 worst.append(len(inside))
                 inside.pop()
@@ -310,7 +311,7 @@ for _ in range(40):
 """
 
 
-def test_a_lock_admits_one_process_at_a_time_although_its_file_is_removed(tmp_path):
+def test_a_lock_admits_one_process_at_a_time_even_though_its_file_is_removed(tmp_path):
     (tmp_path / "counter").write_text("0")
     with contextlib.ExitStack() as stack:
         for _ in range(3):
@@ -320,7 +321,7 @@ def test_a_lock_admits_one_process_at_a_time_although_its_file_is_removed(tmp_pa
 
 
 def test_the_lock_file_is_removed_before_the_lock_is_released(tmp_path, monkeypatch):
-    """Removed after it, it could be the file that another process has just locked."""
+    """If it were removed later, another process might already have locked it."""
     existed = []
     release = filelock.UnixFileLock.release
 

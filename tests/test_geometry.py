@@ -61,7 +61,7 @@ AXES = ("center_x_px", "center_y_px", "semi_axis_a_px", "semi_axis_b_px")
 @settings(max_examples=60, deadline=None)
 @given(whole_ellipses())
 def test_ellipse_to_mask_to_ellipse(ellipse):
-    """Also if many pixel centers lie on the outline, as with integer semi-axes."""
+    """True also if many pixel centers lie on the outline, as with integer semi-axes."""
     got = ellipse_from_mask(ellipse_mask(ellipse))
     for name in AXES:
         assert getattr(got, name) == pytest.approx(getattr(ellipse, name), abs=0.4), name

@@ -1,4 +1,4 @@
-"""Samples are checked before they are written: the error names place, value and expectation."""
+"""Samples are checked before they are written; errors name the place, value and expectation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks, and the registry that builds them by name; torch is imported on first use."""
+"""The networks and the registry that builds them by name; torch is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """TinyEfficientViT: EfficientViT (MSRA) encoder of three stages, decoder with skip connections.
 
-The architecture was chosen by counting operations (docs/benchmarks.md): only the stem runs above a
-quarter of the image size, the attention of every stage runs on a map of 25 x 40, and the
-one-channel logit is upsampled to full size once, at the end, by a subpixel convolution.
+The architecture minimizes operations (docs/benchmarks.md): only the stem runs at more than a
+quarter of the image size, the attention of every stage runs on a 25 x 40 map, and a subpixel
+convolution upsamples the one-channel logit to full size at the end.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         """Maps images (N, 1, 400, 640) in [-1, 1] to the feature maps of the three stages.
 
         Raises:
-            ValueError: another shape. Some would fit the windows, but give wrong results.
+            ValueError: the shape differs. Some other shapes would run, but give wrong results.
         """
         if tuple(image.shape[1:]) != (1, HEIGHT, WIDTH):
             raise ValueError(
@@ -154,8 +154,9 @@ class Decoder(nn.Module):
 def bilinear_subpixel_kernel(scale: int) -> Tensor:
     """Returns the 3 x 3 kernels of a subpixel convolution that equals bilinear upsampling.
 
-    Output pixel k of `scale` along an axis lies at (k + 0.5) / scale - 0.5 input pixels from the
-    input pixel it belongs to (half-pixel centers), between two of the three taps.
+    Along an axis, output pixel k of the `scale` pixels that belong to an input pixel is at an
+    offset of (k + 0.5) / scale - 0.5 input pixels from it (half-pixel centers), between two of the
+    three taps.
 
     Returns:
         float32 (scale * scale, 1, 3, 3), in the channel order of `pixel_shuffle`.
@@ -229,10 +230,10 @@ class TinyEfficientViTMicro(TinyEfficientViTSeg):
 
 
 class TinyEfficientViTBase(TinyEfficientViTSeg):
-    """The same network, wider, just under 60,000 parameters (model name `efficientvit_base`).
+    """The same network with more channels, under 60,000 parameters (`efficientvit_base`).
 
-    With AVX-512, ONNX Runtime's blocked layout computes 8 channels as 16, so twice the parameters
-    take a third more time (docs/benchmarks.md).
+    With AVX-512, ONNX Runtime's blocked layout pads 8 channels to 16, so twice the parameters take
+    only a third more time (docs/benchmarks.md).
     """
 
     defaults = Architecture(embed_dim=(16, 32, 32), stem_dim=16)

@@ -1,4 +1,4 @@
-"""EllipseRegressionNet: four numbers per frame, the moments of a quarter-size soft mask."""
+"""EllipseRegressionNet: predicts an ellipse from the moments of a quarter-size soft mask."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from pupilseg.models.efficientvit import Architecture, Decoder, Encoder
 CELL = 4
 """Side of a cell of the map in px."""
 CLIP = 0.1
-"""Shares of a cell up to CLIP count as 0, from 1 - CLIP as 1. A sigmoid is never 0: without
-clipping, the many cells around a pupil make its semi-axes 2.2 px too long (docs/benchmarks.md)."""
+"""Shares of pupil up to CLIP count as 0, and shares of at least 1 - CLIP as 1. A sigmoid is never
+exactly 0: without clipping, the many cells around a pupil make its semi-axes 2.2 px too long
+(docs/benchmarks.md)."""
 BLOCK, BLOCK_STEP = 24, 4
-"""Side and step, in cells, of the square that is moved over the map (96 and 16 px)."""
+"""Side and step, in cells, of the square that slides over the map (96 and 16 px)."""
 REACH = 96.0
-"""Half the side, in px, of the window around the fullest square in which moments are computed. It
-holds a pupil of 70 px radius that is 26 px off center. Dark corners outside have no effect."""
+"""Moments are computed in a window around the fullest square; this is half its side in px. The
+window contains a pupil of 70 px radius that is 26 px off center. Dark corners outside the window
+have no effect."""
 LEAST_CELLS = 2.0
-"""A frame with fewer pupil cells has no pupil."""
+"""A frame with fewer pupil cells counts as a frame without a pupil."""
 FIRST_LOGIT = -2.0
-"""Initial bias: few cells contain pupil, so training starts from a share of 0.12."""
+"""Initial bias. Few cells contain pupil, so training starts at a share of 0.12."""
 
 
 class EllipseOutput(NamedTuple):
@@ -46,8 +48,8 @@ class EllipseRegressionNet(nn.Module):
     Global average pooling loses the position. Instead, the network predicts the share of pupil in
     each cell of a 100 x 160 map, and the output is computed from the moments of this soft mask: the
     mean is the center, and twice the standard deviations are the semi-axes, as for the ellipse with
-    the mask's second moments. Unlike in the soft-argmax of DSNT (Nibali et al., arXiv 1801.07372),
-    the cells are not normalized by a softmax: it would locate the pupil, but its tails would
+    the mask's second moments. Unlike the soft-argmax of DSNT (Nibali et al., arXiv 1801.07372), the
+    cells are not normalized with a softmax, which would locate the pupil, but whose tails would
     dominate the standard deviations. A map without pupil cells means that there is no pupil.
 
     Args:
@@ -73,7 +75,7 @@ class EllipseRegressionNet(nn.Module):
         self.score = nn.Conv2d(arch.decoder_dim, 1, 1)
         nn.init.constant_(self.score.bias, FIRST_LOGIT)  # type: ignore[arg-type]  # it has a bias
         self.with_map = False
-        # Centers of the cells in px. Not persistent: they follow from the image size.
+        # Centers of the cells in px. Not persistent, because the image size determines them.
         middle = (CELL - 1) / 2
         self.register_buffer(
             "columns", torch.arange(WIDTH // CELL) * float(CELL) + middle, persistent=False
@@ -95,11 +97,11 @@ class EllipseRegressionNet(nn.Module):
     def moments(self, share: Tensor) -> Tensor:
         """Returns the ellipses (N, 4) with the moments of shares (N, 100, 160) in [0, 1].
 
-        Computed in float32 and without matmul, for which autocast would use half precision, with
-        steps of 2 px at 640 px.
+        Computed in float32 and without matmul, which autocast would run in half precision, where
+        values near 640 px have steps of 2 px or more.
         """
         left, top = _fullest_place(share)
-        # Coordinates relative to that place, in px: small numbers lose no precision.
+        # Coordinates relative to that position, in px, so that the squares stay small and precise.
         x, y = self.columns - left[:, None], self.rows - top[:, None]  # (N, 160), (N, 100)
         near = (x.abs() <= REACH)[:, None, :] & (y.abs() <= REACH)[:, :, None]
         weight = ((share - CLIP) / (1 - 2 * CLIP)).clamp(0, 1) * near
@@ -110,8 +112,8 @@ class EllipseRegressionNet(nn.Module):
         dx, dy = (along_x * x).sum(dim=1) / whole, (along_y * y).sum(dim=1) / whole
         var_x = (along_x * (x - dx[:, None]).square()).sum(dim=1) / whole
         var_y = (along_y * (y - dy[:, None]).square()).sum(dim=1) / whole
-        # Without Sheppard's correction: cells instead of pixels add 1.25 px^2, clipping removes
-        # about as much. The remaining bias is below 0.1 px for semi-axes over 14 px.
+        # No Sheppard's correction: using cells instead of pixels adds 1.25 px^2, and clipping
+        # removes about as much. The remaining bias is below 0.1 px for semi-axes over 14 px.
         spread = torch.stack([var_x, var_y], dim=1).clamp(min=1.0).sqrt()
         radii = (2 / RADIUS_UNIT * spread) * (cells >= LEAST_CELLS)[:, None]
         center = [(left + dx) / WIDTH, (top + dy) / HEIGHT]
@@ -121,10 +123,10 @@ class EllipseRegressionNet(nn.Module):
 def _fullest_place(share: Tensor) -> tuple[Tensor, Tensor]:
     """Returns x and y (N,) in px of the center of the square with the most pupil.
 
-    The maximum is used because, with a second dark patch, the mean of the frame would lie between
-    the two. The position of the square is not differentiated.
+    The maximum is used because the mean over the frame would lie between the pupil and a second
+    dark patch. No gradient flows through the position of the square.
     """
-    # In two steps, each sum has 16 + 36 terms instead of 576.
+    # Two steps need 16 + 36 terms per sum instead of 576.
     tiles = functional.avg_pool2d(share.detach()[:, None], BLOCK_STEP)  # (N, 1, 25, 40)
     sums = functional.avg_pool2d(tiles, BLOCK // BLOCK_STEP, 1)[:, 0]  # (N, 20, 35)
     place = sums.flatten(1).argmax(dim=1)

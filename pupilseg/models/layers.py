@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias and batch norm, which exporters fold into one convolution.
+    """Convolution (without bias) followed by batch norm; exporters fold both into one convolution.
 
     Args:
         in_chans: input channels.
@@ -99,9 +99,9 @@ class CascadedGroupAttention(nn.Module):
     """Attention in which each head sees its own slice of the channels plus the previous head.
 
     The input of head j is slice j plus the output of head j-1 (paper eq. 2 and 3), so that depth
-    grows with the number of heads without additional parameters. Queries pass a depthwise
+    grows with the number of heads without additional parameters. Queries go through a depthwise
     convolution. Queries, keys and values are computed on a map pooled by `stride`, and the result
-    is upsampled again, so that fine stages have as few tokens as the coarsest one.
+    is upsampled, so that fine stages have as few tokens as the coarsest one.
 
     Args:
         dim: channels C, a multiple of `num_heads`.

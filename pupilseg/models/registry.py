@@ -1,4 +1,4 @@
-"""The table of networks: all that the project knows of a network by its name.
+"""The table of networks: everything that depends on a network's name.
 
 To add a network, write its module in this package and add one entry to `MODELS`; its checkpoint
 names, command-line choices, loss, export and MLflow tags follow from the entry. Importing this
@@ -23,18 +23,18 @@ class ModelEntry:
     """A network, and the names of the files that its training writes.
 
     Attributes:
-        name: as commands, model files and file names spell it.
+        name: name in commands, model files and file names.
         builder: "module:Class"; the class's keyword arguments are the architecture.
         task: "segmentation" (logits, (N, 2, 400, 640)) or "ellipse" (normalized, (N, 4)); decides
             the loss and the ONNX output.
         model_type: MLflow tag `model_type`.
         summary: one line of description.
-        checkpoint_every: epochs between numbered checkpoints, of which the last epoch is always
-            one; 0 writes one at each improvement, with the mIoU in its name.
-        defer_metrics: on CUDA, keep metrics on the device until training ends by default: the
-            network's epochs are so short that one transfer per epoch is noticeable.
+        checkpoint_every: epochs between numbered checkpoints; the last epoch always has one. 0
+            writes one at each improvement, with the mIoU in its name.
+        defer_metrics: on CUDA, keep metrics on the device until training ends by default, for
+            networks whose epochs are so short that one transfer per epoch is noticeable.
         nickname: name of its released weights, if not `name`.
-        released: trained weights come with the package.
+        released: whether the package includes trained weights.
     """
 
     name: str
@@ -79,11 +79,18 @@ class ModelEntry:
 
         Args:
             epoch: counted from 1.
-            miou: of the validation split; in the name where checkpoints mark improvements.
+            miou: validation mIoU, which is part of the name if checkpoints mark improvements.
         """
         if self.checkpoint_every == 0:
             return f"{self.name}_epoch{epoch}_miou{miou:.4f}.pt"
         return f"{self.name}_model_epoch_{epoch}.pt"
+
+    @property
+    def epoch_files(self) -> str:
+        """Pattern of the names of numbered checkpoints, for `Path.glob`."""
+        if self.checkpoint_every == 0:
+            return f"{self.name}_epoch[0-9]*_miou*.pt"
+        return f"{self.name}_model_epoch_[0-9]*.pt"
 
 
 _ENTRIES = (
@@ -101,7 +108,7 @@ _ENTRIES = (
         builder="pupilseg.models.efficientvit:TinyEfficientViTMicro",
         task="segmentation",
         model_type="TinyEfficientViT-Micro",
-        summary="TinyEfficientViT, its encoder and decoder narrower: under 10,000 parameters",
+        summary="TinyEfficientViT with a narrower encoder and decoder: under 10,000 parameters",
         defer_metrics=True,
         nickname="micro",
         released=True,
@@ -111,7 +118,7 @@ _ENTRIES = (
         builder="pupilseg.models.efficientvit:TinyEfficientViTBase",
         task="segmentation",
         model_type="TinyEfficientViT-Base",
-        summary="TinyEfficientViT, its encoder wider: just under 60,000 parameters",
+        summary="TinyEfficientViT with a wider encoder: just under 60,000 parameters",
         released=True,
     ),
     ModelEntry(
@@ -119,7 +126,7 @@ _ENTRIES = (
         builder="pupilseg.models.ellipse:EllipseRegressionNet",
         task="ellipse",
         model_type="EllipseRegressionNet",
-        summary="upright ellipse, the moments of a soft mask of 4 px cells",
+        summary="upright ellipse from the moments of a soft mask with cells of 4 px",
         released=True,
     ),
 )

@@ -1,7 +1,7 @@
 """Sources of samples: the Hub, folders of parquet files or OpenEDS frames, rendered eyes.
 
-`download` makes a source available once and records it; `open_dataset` reads it by range, with a
-few frames in memory at a time. `registry.SOURCE_TYPES` lists the types of sources.
+`download` fetches a source if needed and records it; `open_dataset` reads it by range, with a few
+frames in memory at a time. `registry.SOURCE_TYPES` lists the types of sources.
 """
 
 from __future__ import annotations

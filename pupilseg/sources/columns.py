@@ -1,8 +1,8 @@
 """Converts parquet columns to NumPy without Python lists, for both revisions of the data set.
 
-Revision A nests (`list<list<uint8>>`, 400 rows of 640), revision B flattens (`list<uint8>`, 256,000
-values). In both cases the values are in one flat buffer: the offsets of each level are checked, and
-then the buffer is viewed in its shape.
+Revision A stores nested lists (`list<list<uint8>>`, 400 rows of 640), revision B flat ones
+(`list<uint8>`, 256,000 values). In both cases the values are in one flat buffer: after checking the
+offsets of each level, the buffer is viewed with the column's shape.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def list_dims(column: ArrayColumn, kind: pa.DataType, where: str) -> tuple[int, 
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:
-    """Returns the plain type below an extension type (`datasets` registers Array2D and Array3D)."""
+    """Returns the storage type of an extension type (`datasets` registers Array2D and Array3D)."""
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
@@ -146,7 +146,7 @@ def column_array(column: ArrayColumn, array: Any, file: str, first_row: int) -> 
 
 
 def _refuse_nulls(column: ArrayColumn, array: Any, per_row: int, file: str, first_row: int) -> None:
-    """Raises for the first null; `per_row` entries of the array belong to one row of the file."""
+    """Raises DataError at the first null; each row of the file has `per_row` entries."""
     if array.null_count:
         at = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(

@@ -106,9 +106,9 @@ def fit_frame(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Returns image and label resized to 400 x 640, with the same geometry.
 
-    An image that shrinks is averaged (INTER_AREA), one that grows is interpolated. The label takes
-    the class of the nearest pixel, sampled at pixel centers like the image. Bars are 0. Arrays of
-    the right size are returned unchanged.
+    Images are averaged to shrink (INTER_AREA) and interpolated to grow. A label pixel takes the
+    class of the nearest pixel, sampled at pixel centers like the image. Letterbox bars are 0.
+    Arrays that already have the right size are returned unchanged.
 
     Args:
         image: uint8 (H, W).

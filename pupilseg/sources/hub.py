@@ -1,8 +1,7 @@
 """Data sets on the Hugging Face Hub. No other module imports `huggingface_hub`.
 
-Files are downloaded into the raw data directory, `hub/COMMIT/`, and not into the cache that
-programs share (`HF_HOME`), so that a copy of the data directory is complete and its removal frees
-all of its space.
+Files are downloaded to `hub/COMMIT/` in the raw data directory instead of the shared cache
+(`HF_HOME`). A copy of the data directory is therefore complete, and removing it frees all space.
 `source.json` records the commit and the digest of each file.
 """
 
@@ -67,7 +66,7 @@ def _inspect(
     entries: dict[str, Any] = {}
     known = {}
     if previous is not None:
-        # Other options for the same source, or its files were removed: the same commit again.
+        # The same source with other options, or with removed files: use the recorded commit.
         revision = previous["commit"]
         entries["request"] = previous["request"]
         known = {entry["path"]: entry["sha256"] for entry in previous.get("files", ())}
@@ -106,12 +105,12 @@ TYPE = SourceType(
 def download_commit(repository: str, revision: str | None, folder: Path) -> LocalCommit:
     """Downloads the parquet files of a data set repository and checks them.
 
-    Files that are already there are not downloaded again, and partial ones are resumed.
+    Existing files are not downloaded again, and partial downloads are resumed.
 
     Args:
         repository: "owner/name".
         revision: branch, tag or commit; None for the default branch.
-        folder: receives a folder named by the commit.
+        folder: parent of the download folder, which is named after the commit.
 
     Raises:
         DownloadError: the Hub or the connection failed; the message has the cause and a fix.
@@ -158,7 +157,7 @@ def _import_hub() -> ModuleType:
 def _listing(hub: ModuleType, api: Any, repository: str, commit: str) -> dict[str, Any]:
     """Returns the commit's parquet files by path; empty without network.
 
-    Paths are checked here, before the client joins them to the folder.
+    Checks the paths, because the client will join them to the folder.
     """
     try:
         tree = list(

@@ -3,9 +3,10 @@
 There are two layouts: `S_*/N.png` with `N.npy`, one folder per subject, without splits; and
 `{train,validation}/{images,labels}/NAME`, with labels as `.npy` or `.png`.
 
-The number of classes is decided once for the whole set: two if none of up to 64 labels, spread
-evenly over the set, exceeds 1; otherwise four. It is recorded, and each frame is checked against it
-when it is read, so a frame that disagrees stops the run instead of losing its pupil.
+The number of classes is determined once for the whole set: two if no value in up to 64 labels,
+spread evenly over the set, exceeds 1; otherwise four. The number is recorded, and each label is
+checked against it when it is read, so that a contradicting label raises an error instead of losing
+its pupil.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class ParquetDataset:
     def read(self, split: str, start: int, stop: int) -> Iterator[Sample]:
         """Yields samples start .. stop - 1 of a split; see `sample.Dataset`."""
         check_range(split, start, stop, self.count(split))
-        # Removed while in use, so that two readers of one data set never share a stream.
+        # Taken out while in use, so that two readers of one data set never share a stream.
         stream, self._stream = self._stream, None
         first = 0
         try:
@@ -251,7 +251,7 @@ TYPE = SourceType(
     kind="folder",
     layout="parquet",
     form="FOLDER",
-    description="the same on disk: {train,validation}/*.parquet or data/*.parquet",
+    description="a folder of parquet files: {train,validation}/*.parquet or data/*.parquet",
     parse=None,
     matches=lambda source: bool(_find_files(Path(source.location))),
     inspect=_inspect,

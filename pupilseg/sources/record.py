@@ -12,7 +12,7 @@
                       some rows are left out
     frames            openeds: image, label, and their sizes, by split
 
-The files of a Hub source are in `hub/COMMIT` beside the record. Folders stay where they are.
+The files of a Hub source are in `hub/COMMIT` beside the record. Local folders are read in place.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def download(
 ) -> Path:
     """Downloads a source if needed, and records it in `out/source.json`.
 
-    A second call with the same source and options uses no network. A source without a fixed
-    revision stays at the commit that was first recorded. With other options the record is rewritten
-    from the same data.
+    A second call with the same source and options uses no network. Without an explicit revision,
+    later calls use the commit that was recorded first. If the options change, the record is
+    rewritten from the same data.
 
     Args:
         text: one of `registry.FORMS`.

@@ -14,8 +14,8 @@ SOURCE_TYPES: tuple[SourceType, ...] = (
     openeds.TYPE,
     rendered.TYPE,
 )
-"""To add a source, write a module with a `TYPE` and list it here. A string belongs to the first
-type that parses it, a folder to the first type that matches it."""
+"""To add a source type, write a module with a `TYPE` and list it here. The first type that parses a
+source string, or matches a folder, is used."""
 
 FORMS = "a source is one of:\n" + "\n".join(
     f"  {source_type.form:<23} {source_type.description}" for source_type in SOURCE_TYPES

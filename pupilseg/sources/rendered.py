@@ -23,9 +23,10 @@ _TEXT = re.compile(r"synthetic:(?P<count>\d+)(?:@(?P<seed>\d+))?")
 
 @dataclass(frozen=True, slots=True)
 class RenderedDataset:
-    """Frames rendered on demand; each shows the eye of another person.
+    """Frames rendered on demand, each of a different person's eye.
 
-    The first `train` indices of the series are train, the next `validation` indices validation.
+    The first `train` indices of the series are the train split, the next `validation` indices the
+    validation split.
     """
 
     source: str

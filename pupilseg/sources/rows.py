@@ -1,8 +1,8 @@
-"""Rows of one parquet file, in order, with little memory.
+"""Reads the rows of one parquet file in order, with little memory.
 
-Rows are decoded a few at a time, independent of row groups: upstream writes a file of many thousand
-rows as one row group, which does not fit into memory. (Measured: a peak of 33 MB for any size of
-the row group, and 7 ms per row.)
+Rows are decoded a few at a time, independent of row groups: upstream writes files of many thousand
+rows as a single row group, which does not fit into memory. The measured peak is 33 MB for any
+row-group size, at 7 ms per row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ READ_BUFFER = 1 << 20
 
 
 class RowStream:
-    """Rows of one file, decoded forwards in small batches; going backwards starts over."""
+    """Rows of one file, decoded forward in small batches. Going back restarts at the first row."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

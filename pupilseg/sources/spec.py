@@ -1,4 +1,4 @@
-"""A data source by name, and what a type of source has to provide."""
+"""`Source`, a parsed source string, and `SourceType`, the interface of a type of source."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class SourceType:
     Attributes:
         kind: `Source.kind` of such sources.
         layout: layout of the data, as recorded in source.json. Kind and layout identify the type.
-        form: how a source is written on the command line.
+        form: syntax of the source string, for help texts.
         description: one line of help.
         parse: source string -> Source, or None if the string has another form. None for folders.
         matches: True if a source of this kind has this layout.
         inspect: (source, options, previous record or None, raw data directory) -> entries of
-            source.json: "source", "preprocessing", "split_rule" and "counts", then the type's own;
+            source.json: "source", "preprocessing", "split_rule", "counts" and keys of this type;
             "commit" and "request" override the defaults. Downloads missing files into the
             directory. Raises DataError or DownloadError.
         open: (source.json, raw data directory) -> Dataset, without network. Raises DataError if

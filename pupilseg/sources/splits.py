@@ -35,9 +35,10 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def split_of(path: PurePosixPath) -> str | None:
-    """Returns the split of a file by its folders or name: `val/x.parquet`, `train-00000.parquet`.
+    """Returns a file's split by its path, such as `val/x.parquet` or `train-00000.parquet`.
 
-    The outermost folder with the name of a split takes precedence. None if there is no such name.
+    The outermost folder named after a split takes precedence. None if no part of the path names a
+    split.
     """
     for folder in path.parts[:-1]:
         if folder.lower() in SPLIT_FOLDERS:

@@ -114,7 +114,7 @@ def test_output_shape_and_finite_values(name, frames, training):
 
 @every_model
 def test_constant_images_give_finite_outputs_and_gradients(name):
-    """Variance of zero in the norms, and a flat heat map."""
+    """The norms see a variance of zero, and the heat map is flat."""
     for value in (-1.0, 1.0):
         model = create_model(name).train()
         output = all_of(model(torch.full((2, 1, 400, 640), value)))
@@ -145,7 +145,7 @@ def test_a_gradient_reaches_every_parameter(name):
 
 
 @every_model
-def test_steps_from_the_start_bring_a_gradient_to_every_parameter(name):
+def test_after_a_few_steps_a_gradient_reaches_every_parameter(name):
     """Gains that start at zero block gradients at first, but not after a few steps."""
     torch.manual_seed(0)
     model = create_model(name).train()
@@ -216,7 +216,7 @@ def test_local_changes_have_local_effects(name):
         assert far.max() < near / 50, (y, x)
 
 
-def test_logits_are_two_halves_of_one_number():
+def test_the_two_logits_are_opposite_halves_of_one_number():
     output = run(perturbed("efficientvit"), images(1))
     assert torch.equal(output[:, 0], -output[:, 1])
 
@@ -463,14 +463,14 @@ def drawn(x, y, a, b, angle=0.0):
     st.floats(40, 600), st.floats(30, 370), st.floats(20, 65), st.floats(0.7, 1), st.floats(0, 3)
 )
 def test_moments_of_a_map_equal_those_of_the_mask(x, y, a, flat, angle):
-    """Also of tilted ellipses and of those cut by the border, whose visible part counts."""
+    """Includes tilted ellipses and ellipses cut by the border (only the visible part counts)."""
     mask = drawn(x, y, a, a * flat, angle)
     expected = ellipse_vector(mask) * ELLIPSE_SCALE
     np.testing.assert_allclose(moments_of([mask])[0], expected, rtol=0, atol=0.3)
 
 
 def test_the_moments_of_cells_have_little_bias():
-    """For small pupils, where cells are coarsest; 0.1 px is 1.4 % of the area."""
+    """Tests small pupils, for which the cells are coarsest; 0.1 px is 1.4 % of the area."""
     rng = np.random.default_rng(0)
     masks = [drawn(*rng.uniform(150, 250, 2), *rng.uniform(14, 18, 2)) for _ in range(60)]
     expected = np.stack([ellipse_vector(mask) for mask in masks]) * ELLIPSE_SCALE
@@ -489,7 +489,7 @@ def test_mixed_precision_keeps_the_precision():
 
 
 def test_a_dark_corner_has_no_effect():
-    """If it is smaller than the pupil, the fullest square is on the pupil."""
+    """If the corner is smaller than the pupil, the fullest square is on the pupil."""
     pupil, corner = drawn(400.2, 220.7, 34, 30), drawn(30, 60, 20, 20)
     alone, both = moments_of([pupil]), moments_of([pupil | corner])
     np.testing.assert_allclose(both, alone, rtol=0, atol=1e-3)
@@ -497,7 +497,7 @@ def test_a_dark_corner_has_no_effect():
 
 @pytest.mark.parametrize("limit", [3.0, 6.0])
 def test_low_shares_do_not_add_up(limit):
-    """At a logit of -3, 16,000 cells have a share of 0.05 each, in total more than the pupil."""
+    """At a logit of -3, each of 16,000 cells has a share of 0.05, in total more than the pupil."""
     mask = drawn(200.4, 150.6, 18, 15)
     np.testing.assert_allclose(moments_of([mask], limit=limit), moments_of([mask]), atol=0.3)
 

@@ -109,7 +109,7 @@ def test_upright_frames_are_fitted_and_recorded(tmp_path, caplog, mode):
 
 
 @pytest.mark.parametrize("size", [(400, 640), (800, 1280), (640, 400), (100, 100), (1, 3000)])
-def test_letterbox_keeps_the_aspect_and_stays_inside(size):
+def test_letterbox_keeps_the_aspect_ratio_and_stays_inside(size):
     top, left, height, width = letterbox_box(*size, "letterbox")
     assert top >= 0
     assert left >= 0

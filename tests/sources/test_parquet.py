@@ -73,7 +73,7 @@ def test_ranges_equal_the_whole_across_groups_and_files(many):
     assert whole == [(f"{n}", int(frame(n)[0].sum())) for n in range(42)]
     for start, stop in [(0, 0), (5, 9), (6, 7), (19, 24), (20, 23), (3, 42), (41, 42), (0, 1)]:
         assert sums(data.read("train", start, stop)) == whole[start:stop], (start, stop)
-    # Forwards range by range, as in a shard writer, with gaps for other workers.
+    # Forward, range by range, as a shard writer reads, with gaps for other workers.
     chunks = [sums(data.read("train", start, start + 5)) for start in range(0, 40, 10)]
     assert chunks == [whole[start : start + 5] for start in range(0, 40, 10)]
 

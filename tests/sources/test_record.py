@@ -15,6 +15,7 @@ from pupilseg.files import directory_lock
 from pupilseg.sources import SourceOptions, download, open_dataset, parse_source
 from tests.helpers.paths import ROOT
 from tests.helpers.source_data import write_both, write_openeds
+from tests.helpers.waiting import PATIENCE_S
 
 REAL = ROOT.parent / "shared" / "openeds-sample"
 
@@ -163,7 +164,6 @@ def run_download(*words, **kwargs):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
         **kwargs,
     )
 
@@ -212,7 +212,7 @@ def test_a_second_program_waits_for_the_first(tmp_path):
         time.sleep(0.3)
         assert program.poll() is None
     with program:
-        assert program.wait(30) == 0
+        assert program.wait(PATIENCE_S) == 0
     assert open_dataset(tmp_path / "raw").count("train") == 2
 
 
