@@ -8,11 +8,12 @@
                     ...
 
 On the CPU a batch lives in a ring of reused buffers: it is valid until `ring - 1` more batches have
-been drawn or the loader is closed, so clone what must outlive its step. On CUDA batches are new
+been drawn or the loader is closed. Clone tensors that you need for longer. On CUDA, batches are new
 tensors, valid as long as they are referenced.
 
-A loader belongs to the process that iterates it. Pass the `ShardSet` to worker processes, since it
-can be pickled and survives a fork, and create a loader in each; `state_dict` carries a position.
+A loader belongs to the process that iterates it. To use several processes, pass them the
+`ShardSet`, which can be pickled and forked, and create a loader in each; transfer positions with
+`state_dict`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "mapping", "resident", "stream")
 _MAX_THREADS = 4
-"""More do not help: a few threads use the whole memory bandwidth."""
+"""Maximum default; a few threads already saturate the memory bandwidth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class Loader:
     Attributes:
         mode: how batches are made: "mapping", "resident" or "stream".
         wait_s: seconds that the consumer has waited for batches since the loader was created.
-        work_s: seconds that the consumer has spent between drawing a batch and the next.
+        work_s: seconds that the consumer has spent between draws.
     """
 
     def __init__(self, feed: Feed, sampling: Sampling, device: torch.device) -> None:
@@ -171,9 +172,9 @@ class Loader:
         return self.wait_s / (self.wait_s + self.work_s or 1.0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration start that epoch.
+        """Sets the epoch of the next iteration.
 
-        A position of the same epoch, restored by `load_state_dict`, is kept.
+        If `load_state_dict` restored a position in the same epoch, the position is kept.
         """
         if epoch != self._epoch:
             self._epoch = epoch
@@ -295,7 +296,7 @@ def make_loader(
         columns: columns to decode; the others are empty tensors.
         label_dtype: torch.uint8 saves 7 of 8 bytes per label pixel.
         ring: number of batch buffers on the CPU, at least 2.
-        threads: threads that decode (on CUDA: that gather encoded rows), one batch ahead; by
+        threads: number of threads that decode (on CUDA: gather encoded rows) one batch ahead; by
             default as many as torch may use, but at most 4. With 0, "mapping" decodes a batch when
             it is drawn.
         compiled: decode full batches on CUDA in one fused pass of `torch.compile`.

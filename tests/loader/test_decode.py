@@ -56,7 +56,7 @@ def check(shards, batch, indices):
 
 @pytest.mark.parametrize("device", ["cpu", ON_DEVICE])
 def test_compiled_decoding_gives_the_same_numbers(shards, device):
-    """For whole batches as in the stream feed, and selected rows as in the resident feed."""
+    """Tests whole batches, as in the stream feed, and selected rows, as in the resident feed."""
     device = torch.device(device)
     layout = layout_of(shards, DECODED)
     chosen = layout.encodings["dist_map"] == U2
@@ -89,7 +89,7 @@ def test_a_batch_has_its_own_memory(shards):
 
 
 def test_damaged_integers_stay_inside_the_table(shards):
-    """On CUDA an index outside the table would break the process's context."""
+    """On CUDA, an index outside the table would corrupt the CUDA context of the process."""
     layout = layout_of(shards, ("dist_map",))
     packed = gathered(shards, layout, range(2))
     for name, value in product(packed, (0, -1, 0x7F)):

@@ -32,6 +32,7 @@ from pupilseg.shards.mapped import Shard
 from tests.helpers.fakes import FakeDataset
 from tests.helpers.memory_limit import limited_memory
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import PATIENCE_S
 
 SAMPLES = 11
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -67,7 +68,7 @@ def few(tmp_path_factory):
 
 def loader_threads():
     """Returns threads that are still alive after a grace period for idle ones."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while True:
         alive = [t for t in threading.enumerate() if t.name.startswith((THREAD_NAME, POOL_NAME))]
         if not alive or time.monotonic() > deadline:
@@ -474,7 +475,7 @@ def test_shards_go_to_other_processes(few, method):
     queue = context.Queue()
     worker = context.Process(target=draw_in_worker, args=(few, queue))
     worker.start()
-    assert queue.get(timeout=120) == wanted
+    assert queue.get(timeout=PATIENCE_S) == wanted
     worker.join()
     assert worker.exitcode == 0
 
@@ -496,8 +497,8 @@ def test_a_fork_needs_a_new_iterator(few):
         next(iterator)
         worker = context.Process(target=draw_in_fork, args=(loader, iterator, queue))
         worker.start()
-        assert "create a new iterator after forking" in queue.get(timeout=60)
-        assert queue.get(timeout=60) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+        assert "create a new iterator after forking" in queue.get(timeout=PATIENCE_S)
+        assert queue.get(timeout=PATIENCE_S) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
         worker.join()
         assert worker.exitcode == 0
         assert len(list(iterator)) == 2, "the parent continues"
