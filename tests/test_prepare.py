@@ -72,7 +72,7 @@ def test_a_missing_split_is_rebuilt(data_dir, tmp_path):
 
 def run(*words, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-m", *words], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=cwd,
     )  # fmt: skip
 

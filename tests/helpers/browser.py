@@ -9,7 +9,8 @@ import os
 import select
 import shutil
 import subprocess
-import time
+
+from tests.helpers.waiting import eventually
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATH = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -79,10 +80,7 @@ class Browser:
 
     def wait_for(self, condition):
         """Waits until a JavaScript expression is true."""
-        deadline = time.monotonic() + 20
-        while not self.value(condition):
-            assert time.monotonic() < deadline, condition
-            time.sleep(0.02)
+        eventually(lambda: self.value(condition))
 
     def value(self, expression):
         """Returns the value of a JavaScript expression."""

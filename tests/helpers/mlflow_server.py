@@ -8,12 +8,13 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 
+from tests.helpers.waiting import eventually
+
 START_SECONDS = 120
-"""Limit of every wait, for a busy machine; a test that passes never waits this long."""
+"""Timeout of requests, for a busy machine."""
 
 
 class Server:
@@ -149,11 +150,3 @@ class _Passage(socketserver.BaseRequestHandler):
                     break
                 self.request.sendall(data)
             self.request.shutdown(socket.SHUT_RDWR)
-
-
-def eventually(predicate):
-    """Waits until something is true."""
-    deadline = time.monotonic() + START_SECONDS
-    while not predicate():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import PATIENCE_S
 
 
 def run_here(*command, env=None):
@@ -83,12 +84,12 @@ class Program:
         """Its output so far, stdout and stderr."""
         return "".join(self._lines)
 
-    def wait_for(self, words, timeout_s=120):
+    def wait_for(self, words):
         """Waits until the program has printed some words."""
-        until = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         while words not in self.text:
             assert self._process.poll() is None, f"ended before {words!r}:\n{self.text}"
-            assert time.monotonic() < until, f"no {words!r} in {timeout_s} s:\n{self.text}"
+            assert time.monotonic() < deadline, f"no {words!r} in {PATIENCE_S} s:\n{self.text}"
             time.sleep(0.01)
 
     def children(self):

@@ -25,6 +25,7 @@ from pupilseg.loader import feeds
 from pupilseg.loader.decode import DECODED, layout_of
 from pupilseg.loader.feeds import THREAD_NAME as POOL_NAME
 from pupilseg.loader.loader import Batch, Loader, Sampling, _choose_feed, epoch_order, make_loader
+from pupilseg.runtime.device import fast_arithmetic
 from pupilseg.runtime.threads import THREAD_NAME
 from pupilseg.shards import open_shards, write_shards
 from pupilseg.shards.codec import stored_fields
@@ -141,6 +142,22 @@ def test_a_slow_consumer_on_the_device_keeps_its_batches(few):
             held.append(batch)
         for batch in held:
             check_values(few, batch, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_decoding_is_compiled_once_for_the_arithmetic_of_training(few, mode):
+    """A graph compiled before TF32 was enabled would be compiled again."""
+    device = torch.device("cuda")
+    torch._dynamo.reset()
+    counters.clear()
+    with (
+        make_loader(few, batch_size=2, device=device, mode=mode) as loader,
+        fast_arithmetic(device),
+    ):
+        list(loader)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.gpu

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from pupilseg.errors import ParallelError
 from pupilseg.runtime.exchange import Exchange, connected_sockets
+from tests.helpers.waiting import PATIENCE_S
 
 
-def sums(values, timeout_s=30.0):
+def sums(values, timeout_s=PATIENCE_S):
     """Returns what each rank gets for its tensor."""
     exchanges = [
         Exchange(rank, sockets, timeout_s)

@@ -13,6 +13,7 @@ import pytest
 
 from pupilseg.errors import UsageError
 from pupilseg.runtime.threads import THREAD_NAME, RowPool, Stopped, in_background, prefetch
+from tests.helpers.waiting import PATIENCE_S, eventually
 
 
 def background_threads():
@@ -37,10 +38,8 @@ def test_at_most_ahead_items_are_drawn_early():
     stream = in_background(work(), 2)
     assert not drawn  # the thread starts with the first item
     assert next(stream) == 0
-    deadline = time.monotonic() + 5
-    while len(drawn) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
+    eventually(lambda: len(drawn) >= 3)
+    time.sleep(0.05)  # it could run further ahead
     assert len(drawn) == 3  # the one received and two ahead
     assert list(stream) == list(range(1, 20))
     assert set(drawn) == {THREAD_NAME}
@@ -68,10 +67,8 @@ def test_closing_ends_all_stages():
         finally:
             closed.append(threading.current_thread().name)
 
-    started = time.monotonic()
     with contextlib.closing(in_background(in_background(work(), 1))) as stream:
         assert next(stream) == 0
-    assert time.monotonic() - started < 2
     assert closed == [THREAD_NAME]
     assert not background_threads()
 
@@ -90,7 +87,7 @@ def test_a_forked_child_is_refused_and_the_parent_continues():
     assert next(stream) == 0
     child = context.Process(target=next_in_fork, args=(stream, queue))
     child.start()
-    assert "create a new iterator after forking" in queue.get(timeout=60)
+    assert "create a new iterator after forking" in queue.get(timeout=PATIENCE_S)
     child.join()
     assert list(stream) == [1, 2]
 
@@ -163,7 +160,7 @@ def test_each_row_is_done_once_with_scratch_of_its_thread(count):
 
     def work(row, scratch):
         if row < count:
-            together.wait(20)  # all threads take part
+            together.wait(PATIENCE_S)  # all threads take part
         done.append(row)
         users.setdefault(id(scratch), set()).add(threading.get_ident())
 
@@ -187,7 +184,7 @@ def test_an_error_in_any_thread_stops_all_and_is_raised(in_caller):
 
     def work(row, _scratch):
         if row < 3:
-            together.wait(20)
+            together.wait(PATIENCE_S)
             if (threading.get_ident() == caller) == in_caller:
                 raise OSError("disk gone")
         time.sleep(0.002)  # lets the other threads run
@@ -195,9 +192,9 @@ def test_an_error_in_any_thread_stops_all_and_is_raised(in_caller):
 
     with RowPool(object, 3, "rows") as pool:
         with pytest.raises(OSError, match="disk gone"):
-            pool.run(work, 200)
+            pool.run(work, 5000)  # takes 5 s
         count = len(done)
-        assert count < 190
+        assert count < 4900
         pool.run(lambda _row, _scratch: None, 10)
         assert len(done) == count, "no thread was still working when the error was raised"
 
@@ -227,7 +224,7 @@ def test_a_forked_child_starts_threads_of_its_own():
         pool.run(lambda _row, _scratch: time.sleep(0.01), 10)
         child = context.Process(target=run_in_fork, args=(pool, queue))
         child.start()
-        assert queue.get(timeout=60) == list(range(10))
+        assert queue.get(timeout=PATIENCE_S) == list(range(10))
         child.join()
 
 

@@ -19,8 +19,9 @@ from pupilseg.errors import UsageError
 from pupilseg.tracking import TRACKERS, RunInfo, mlflow
 from pupilseg.tracking.mlflow import without_password
 from pupilseg.tracking.record import RunData, RunRecord
-from tests.helpers.mlflow_server import START_SECONDS, eventually
+from tests.helpers.mlflow_server import START_SECONDS
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import eventually
 
 numbers = count()
 COLUMNS = ["epoch", "train_loss", "valid_iou", "valid_gone"]
