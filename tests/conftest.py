@@ -1,4 +1,4 @@
-"""What every test gets: one thread for torch, so that sums are formed in one order."""
+"""Fixtures and settings of all tests."""
 
 import logging
 import signal
@@ -8,21 +8,21 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Golden values and "the same bytes" hold for a fixed number of threads."""
+    """Limits torch to one thread: sums in another order would differ from recorded values."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def pytest_configure():
-    """Listens to Ctrl-C, which a shell's background job ignores, and all that it starts with it."""
+    """Handles Ctrl-C, which background jobs of a shell, and the programs they start, ignore."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def library_log():
-    """The library's log is afterwards what it was: programs that run in tests show theirs."""
+    """Restores the log settings of the library, which its programs change."""
     logger = logging.getLogger("pupilseg")
     before = logger.handlers[:], logger.propagate, logger.level
     yield
@@ -31,7 +31,7 @@ def library_log():
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what is marked `gpu` where there is none."""
+    """Skips tests with the marker `gpu` on a machine without CUDA."""
     import torch
 
     if torch.cuda.is_available():
