@@ -1,66 +1,12 @@
 """Downloads a data source once: python -m pipeline.download --source SRC --out DIR."""
 
-from __future__ import annotations
-
-import argparse
-from dataclasses import fields
-from pathlib import Path
-
+from pupilseg.cli.download import COMMAND
 from pupilseg.cli.program import main_program
-from pupilseg.files import read_json
-from pupilseg.sources import FORMS, SourceOptions, download
 
 
-def parse_args() -> argparse.Namespace:
-    """Parses the command line."""
-    default = SourceOptions()
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.download",
-        description=__doc__,
-        epilog=FORMS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--source", required=True, help="the data source, see below")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
-    parser.add_argument("--out", required=True, type=Path, help="output directory, one per source")
-    parser.add_argument(
-        "--augmented-train",
-        action=switch,
-        default=default.augmented_train,
-        help="keep rows named *_flip, *_blur, *_lines in train (default: yes)",
-    )
-    parser.add_argument(
-        "--augmented-validation",
-        action=switch,
-        default=default.augmented_validation,
-        help="keep these rows in validation (default: no)",
-    )
-    parser.add_argument(
-        "--resize",
-        default=default.resize,
-        help="letterbox or stretch frames that are not 400 x 640 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=default.validation_fraction,
-        help="share held out if the source has no splits (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=default.seed, help="series of rendered eyes (default: 0)"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Downloads the source unless that was done before, and prints the number of frames."""
-    args = parse_args()
-    options = SourceOptions(**{f.name: getattr(args, f.name) for f in fields(SourceOptions)})
-    path = download(args.source, args.out, revision=args.revision, options=options)
-    manifest = read_json(path, hint=f"remove {path} and run again")
-    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
-    print(f"{manifest['source']}: {counts} ({manifest['split_rule']}); recorded in {path}")
+def main() -> int:
+    """Parses the command line and downloads; returns the exit code."""
+    return COMMAND.main("python -m pipeline.download")
 
 
 if __name__ == "__main__":

@@ -1,60 +1,12 @@
-"""Scores a model on a split: metrics, one row per frame, curves, and a report with pictures.
+"""Scores a model: python -m pipeline.evaluate --model FILE --shards DIR/validation --out DIR."""
 
-python -m pipeline.evaluate --model FILE.pt|FILE.onnx --shards DIR/validation --out DIR
-                            [--history FILE] [--device NAME] [--batch-size N]
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
+from pupilseg.cli.evaluate import COMMAND
 from pupilseg.cli.program import main_program
-from pupilseg.evaluate.evaluation import evaluate_model
 
 
-def main() -> None:
-    """Parses the command line, evaluates, and prints a summary and the report's path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluate",
-        description="Score a model file on the frames of a split.",
-    )
-    parser.add_argument("--model", type=Path, required=True, help="FILE.pt or FILE.onnx")
-    parser.add_argument("--shards", type=Path, required=True, help="a split, e.g. DIR/validation")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="output directory for metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv "
-        "and report.html",
-    )
-    parser.add_argument(
-        "--history", type=Path, help="history file of the training run, drawn in the report"
-    )
-    parser.add_argument(
-        "--device",
-        help="for torch: auto, cpu, cuda, cuda:N or mps (default: auto: cuda if available)",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    args = parser.parse_args()
-    metrics = evaluate_model(
-        args.model,
-        args.shards,
-        args.out,
-        device=args.device,
-        batch_size=args.batch_size,
-        history=args.history,
-    )
-    print(
-        f"{metrics['model']} on {metrics['frames']} frames: pupil IoU {metrics['pupil_iou']:.4f}, "
-        f"mIoU {metrics['miou']:.4f}, median center error {metrics['center_error_px_median']:.2f} "
-        f"px, {100 * metrics['within_5px_share']:.1f} % within 5 px"
-    )
-    if metrics["blinks"]:
-        print(
-            f"{metrics['blink_false_positives']} of {metrics['blinks']} blinks have a false pupil"
-        )
-    print(f"report: {args.out / 'report.html'}")
+def main() -> int:
+    """Parses the command line and evaluates; returns the exit code."""
+    return COMMAND.main("python -m pipeline.evaluate")
 
 
 if __name__ == "__main__":

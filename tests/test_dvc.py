@@ -41,6 +41,11 @@ NO_RESULT = {
         "pupilseg/model_files/safetensors.py",  # only with --init
         "pupilseg/preprocess.py",  # the images of a split have been processed
         "pupilseg/sample.py",
+        # `pupilseg train` also prepares data; the stage gets shards.
+        "pupilseg/letterbox.py",
+        "pupilseg/prepare.py",
+        "pupilseg/sources/",
+        "pupilseg/synthetic/",
     ),
     "evaluate": ("pupilseg/runtime/", "pupilseg/sample.py"),
     "export": (

@@ -1,4 +1,4 @@
-"""A run that is killed repeatedly gives the same bytes as an undisturbed one."""
+"""A run that is killed repeatedly writes the same bytes as an undisturbed run."""
 
 import csv
 import os
@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from pupilseg.files import LOCK_NAME
 from pupilseg.model_files.checkpoint import load_tensors
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import Program
@@ -40,7 +41,8 @@ def line(data_dir, out, *flags, epochs=EPOCHS):
 
 
 def resume_flag(out):
-    return ["--resume"] if (out / STATE).exists() else []
+    """Returns the flag for a directory that may hold the files of a killed run."""
+    return ["--resume"] if (out / STATE).exists() else ["--overwrite"]
 
 
 def whole_epochs(out):
@@ -49,9 +51,13 @@ def whole_epochs(out):
 
 
 def files_of(out):
-    """Returns all files except the state as bytes, and the state's content."""
+    """Returns all files except the state as bytes, and the state's content.
+
+    A killed process leaves its lock file, which locks nothing any more.
+    """
     state = load_tensors(out / STATE)
-    return {p.name: p.read_bytes() for p in out.iterdir() if p.name != STATE}, state
+    files = [path for path in out.iterdir() if path.name not in (STATE, LOCK_NAME)]
+    return {path.name: path.read_bytes() for path in files}, state
 
 
 def run(command):
@@ -125,14 +131,14 @@ import torch._dynamo  # otherwise the optimizer imports it, a second in each run
 from pipeline import train
 
 def run(folder):
-    resume = ["--resume"] if (folder / STATE).exists() else []
+    resume = ["--resume" if (folder / STATE).exists() else "--overwrite"]
     sys.argv = ["train", *LINE, "--out", str(folder), *resume]
     train.main()
 """
 
 
 def test_a_kill_before_each_change_to_a_file(tmp_path):
-    """Goes through every state of the files that a kill can leave."""
+    """Covers every state in which a kill can leave the files."""
     shards = write_eyes(tmp_path / "data", train=2, validation=1)  # an epoch is one step
     words = line(shards, tmp_path, epochs=2)[3:]
     del words[words.index("--out") : words.index("--out") + 2]
@@ -143,7 +149,7 @@ def test_a_kill_before_each_change_to_a_file(tmp_path):
             whole.append(whole_epochs(folder))
             victim.run(folder)
             same(folder, tmp_path / "undisturbed")
-    assert list(dict.fromkeys(whole)) == [0, 1], "the last change is the last epoch's state"
+    assert list(dict.fromkeys(whole)) == [0, 1, 2], "the last change removes the lock"
 
 
 def test_ctrl_c_ends_the_epoch_with_a_checkpoint(data_dir, undisturbed, tmp_path):

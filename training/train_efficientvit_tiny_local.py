@@ -3,9 +3,8 @@
 python training/train_efficientvit_tiny_local.py --data-dir ~/.cache/openeds [--dataset SRC] [...]
 """
 
-from local import main
-
 from pupilseg.cli.program import main_program
+from pupilseg.cli.train import local_command
 
 if __name__ == "__main__":
-    main_program(lambda: main("efficientvit_tiny"))
+    main_program(local_command("efficientvit_tiny").main)

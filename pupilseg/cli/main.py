@@ -1,10 +1,11 @@
-"""The command `pupilseg`: predict, view, info, bench, shards, upload-run."""
+"""The command `pupilseg`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,17 @@ from pupilseg.cli.shards import add_shards_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+PIPELINE = {
+    "download": "download a data source",
+    "materialize": "build the shards of a downloaded source",
+    "train": "train a network",
+    "evaluate": "score a model and write a report",
+    "export": "export a trained network to ONNX or safetensors",
+}
+"""Commands that are stages of the pipeline too, each defined as `COMMAND` in a module of its name.
+The module is imported only to run the command: the other commands need neither torch nor pyarrow.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,12 +49,14 @@ def _command(argv: Sequence[str] | None) -> int:
     # pupilseg reports errors in files itself. OpenCV reads these variables when it is imported.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = _parser(words).parse_args(words)
     code: int = args.command(args)
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser, with the flags of the pipeline's command that `words` start with."""
     parser = argparse.ArgumentParser(
         prog="pupilseg", description="Find the pupil in near-infrared eye images."
     )
@@ -51,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_predict_commands(commands)
     add_shards_command(commands)
+    for name, summary in PIPELINE.items():
+        parser_of_command = commands.add_parser(name, help=summary)
+        if words and words[0] == name:
+            import_module(f"pupilseg.cli.{name}").COMMAND.set_up(parser_of_command)
 
     upload = commands.add_parser(
         "upload-run",

@@ -21,8 +21,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_EXTRA_OF = {"jinja2": "predict", "pyarrow": "data", "torch": "train"}
-"""Extra that installs each package required by large parts of the library."""
+EXTRA_OF = {
+    "datasets": "data",
+    "huggingface_hub": "data",
+    "jinja2": "predict",
+    "matplotlib": "pipeline",
+    "mlflow": "track",
+    "modal": "cloud",
+    "onnx": "export",
+    "onnxruntime": "predict",
+    "onnxscript": "export",
+    "pyarrow": "data",
+    "safetensors": "train",
+    "torch": "train",
+    "yaml": "pipeline",
+}
+"""Optional module -> extra of pupilseg that installs it."""
 
 
 def main_program(main: Callable[[], int | None]) -> NoReturn:
@@ -41,9 +55,9 @@ def main_program(main: Callable[[], int | None]) -> NoReturn:
     except PupilSegError as error:
         code = _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA_OF:
+        if error.name not in EXTRA_OF:
             raise
-        extra = _EXTRA_OF[error.name]
+        extra = EXTRA_OF[error.name]
         code = _fail(f"this command needs {error.name}; run: pip install 'pupilseg[{extra}]'", 2)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)

@@ -1,163 +1,153 @@
-"""Runs a training command, from its parsed flags to its exit code."""
+"""The command `train`, and its forms for the pipeline and for the local scripts."""
 
 from __future__ import annotations
 
-import logging
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from pupilseg.cli.program import finishing
-from pupilseg.cli.train_flags import LATEST, config_from
+from pupilseg.cli.command import Command
+from pupilseg.cli.train_flags import add_train_flags
 from pupilseg.errors import UsageError
-from pupilseg.model_files.checkpoint import read_initial_card
-from pupilseg.models import model_entry
-from pupilseg.runtime.device import find_device
-from pupilseg.runtime.distributed import Ranks, join_ranks, local_ranks
-from pupilseg.runtime.host import available_cores, keep_freed_memory
-from pupilseg.shards import open_shards
-from pupilseg.train.checkpoints import epoch_line
-from pupilseg.train.config import default_batch_size
-from pupilseg.train.session import train
-from pupilseg.weights import initial_path
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
-    from pupilseg.train.config import TrainConfig
-
-log = logging.getLogger(__name__)
-
-CPU = torch.device("cpu")
-FRAME_S = 0.045
-"""Seconds per training frame on one core (docs/benchmarks.md)."""
-SHORT_RUN_S = 30.0
-"""Estimated time below which a run has one process: others take 3 s to start."""
+DATA_DIR = "~/.cache/openeds"
+OUTPUT_DIR = Path("checkpoints")
 
 
-def run_training(
-    args: argparse.Namespace,
-    model: str,
-    output_dir: Path,
-    find_shards: Callable[[], Path],
-    print_line: Callable[[str], None],
-) -> int:
-    """Trains as the flags of `add_train_flags` request; returns the exit code.
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    from pupilseg.models import list_models
 
-    Args:
-        args: the parsed flags.
-        model: name in `pupilseg.models`.
-        output_dir: receives the checkpoints.
-        find_shards: returns the directory with train/ and validation/, after creating it if
-            necessary. Called after all flags were checked, so that a wrong one costs no download.
-        print_line: prints a line.
-
-    Raises:
-        PupilSegError: the run cannot start or continue.
-    """
-    config = config_from(args, model)
-    initial = None if args.init is None else initial_path(model, args.init)
-    if initial is not None:
-        read_initial_card(initial, model)
-    resume = _resume_file(args.resume, model, output_dir)
-    with join_ranks(find_device(args.device)) as (joined, device), ExitStack() as stack:
-        ranks = joined
-        if args.processes is not None and (device.type != "cpu" or ranks.world_size > 1):
-            raise UsageError(
-                "--processes starts processes on the CPU of this machine; for several GPUs, or "
-                "with torchrun, use: torchrun --nproc-per-node N"
-            )
-        if config.batch_size is not None:
-            ranks.share_of(config.batch_size)
-        shards = ranks.after_first(find_shards)
-        if args.num_workers is not None:
-            log.info(
-                "--num-workers %d: data are loaded by %s; there are no worker processes",
-                args.num_workers,
-                f"{args.num_workers} threads" if args.num_workers else "the training thread",
-            )
-        work = partial(
-            train,
-            config,
-            shards,
-            output_dir,
-            device=device,
-            initial=initial,
-            resume=resume,
-            limit=args.limit,
-            threads=args.num_workers,
-            track=args.mlflow,
-        )
-        if device.type == "cpu":
-            keep_freed_memory()
-            torch.set_num_threads(args.threads or 1)
-            if ranks.world_size == 1:
-                processes = _choose_processes(args, config, shards)
-                others = partial(_train_rank, work, args.threads or 1)
-                ranks = stack.enter_context(local_ranks(processes, others))
-        stop = stack.enter_context(finishing("this epoch"))
-        result = work(
-            ranks=ranks,
-            on_epoch=lambda row: print_line(epoch_line(row, config.epochs)),
-            stop=stop,
-        )
-        if ranks.first and result.interrupted:
-            print_line(f"interrupted after epoch {len(result.history)}; continue with --resume")
-        elif ranks.first:
-            print_line(f"best: {result.best_file} (mIoU {result.best['valid_iou']:.4f})")
-    return 130 if result.interrupted else 0
+    parser.add_argument("--model", required=True, help=", ".join(list_models()))
 
 
-def _train_rank(work: Callable[..., object], threads: int, ranks: Ranks) -> None:
-    """Trains in another process than the first."""
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    work(ranks=ranks)
-
-
-def _choose_processes(args: argparse.Namespace, config: TrainConfig, shards: Path) -> int:
-    """Returns how many processes train on this machine, and logs the reason.
-
-    Raises:
-        UsageError: `--processes` does not divide the batch size.
-    """
-    with open_shards(shards / "train") as split:
-        frames = min(len(split), args.limit or len(split))
-    batch_size = config.batch_size or default_batch_size(CPU, frames)
-    if args.processes is not None:
-        Ranks(0, args.processes).share_of(batch_size)
-        return int(args.processes)
-    cores = available_cores()
-    processes = max(n for n in range(1, cores + 1) if batch_size % n == 0)
-    seconds = config.epochs * frames * FRAME_S
-    if processes > 1 and seconds < SHORT_RUN_S:
-        log.info("one process: the run takes about %.0f s, others seconds to start", seconds)
-        return 1
-    log.info(
-        "%d of %d CPU cores are used, one process each, which share batches of %d frames; change "
-        "this with --processes N or --threads N",
-        processes,
-        cores,
-        batch_size,
+def _add_shards(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        required=required,
+        help="directory with train/ and validation/"
+        + ("" if required else ", instead of --data-dir and --dataset"),
     )
-    return processes
 
 
-def _resume_file(resume: str | None, model: str, output_dir: Path) -> Path | None:
-    """Returns the training state that `--resume` refers to.
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    from pupilseg.prepare import DATASET
+    from pupilseg.preprocess import NONE, PREPROCESSINGS
 
-    Raises:
-        UsageError: `--resume` was passed without a file, and the output directory has none.
-    """
-    if resume is None:
-        return None
-    if resume != LATEST:
-        return Path(resume)
-    path = output_dir / model_entry(model).state_file
-    if not path.exists():
-        raise UsageError(f"nothing to resume: {path} does not exist; run once without --resume")
-    return path
+    parser.add_argument(
+        "--data-dir",
+        type=lambda text: Path(text).expanduser(),
+        help=f"directory for one data set, filled on first use (default: {DATA_DIR})",
+    )
+    parser.add_argument(
+        "--dataset",
+        help=f"owner/name[@revision], a folder, or synthetic:N[@seed] (default: {DATASET})",
+    )
+    parser.add_argument(
+        "--preprocessing",
+        choices=list(PREPROCESSINGS),
+        help=f"applied once to each image (default: {NONE})",
+    )
+
+
+def _add_output_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir",
+        "--checkpoint-dir",
+        type=Path,
+        default=OUTPUT_DIR,
+        help=f"directory for the checkpoints (default: ./{OUTPUT_DIR})",
+    )
+
+
+def _add_stage_flags(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_shards(parser, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output directory for checkpoints and history"
+    )
+    add_train_flags(parser)
+
+
+def _add_local_flags(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser)
+    _add_output_dir(parser)
+    add_train_flags(parser)
+
+
+def _add_all_flags(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_shards(parser, required=False)
+    _add_local_flags(parser)
+
+
+def _run_stage(args: argparse.Namespace) -> int:
+    from pupilseg.cli.train_run import run_training
+
+    return run_training(
+        args, args.model, args.out, lambda: args.shards, partial(print, flush=True), "--out"
+    )
+
+
+def _run_local(args: argparse.Namespace, model: str) -> int:
+    from pupilseg.cli.train_run import run_training
+
+    return run_training(
+        args, model, args.output_dir, partial(_find_shards, args), partial(print, flush=True)
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("data_dir", "dataset", "preprocessing")
+        if getattr(args, name) is not None
+    ]
+    if args.shards is None or not given:
+        return _run_local(args, args.model)
+    raise UsageError(
+        f"--shards {args.shards} is trained on as it is; leave out {' and '.join(given)}"
+    )
+
+
+def _find_shards(args: argparse.Namespace) -> Path:
+    """Returns the directory of the shards; downloads and builds them on first use."""
+    from pupilseg.prepare import DATASET, ensure_shards
+    from pupilseg.preprocess import NONE
+
+    shards: Path | None = getattr(args, "shards", None)
+    if shards is not None:
+        return shards
+    return ensure_shards(
+        args.data_dir or Path(DATA_DIR).expanduser(),
+        args.dataset or DATASET,
+        preprocessing=args.preprocessing or NONE,
+    )
+
+
+COMMAND = Command(
+    description="Train a network, on a data set that is downloaded and materialized on first use, "
+    "or on materialized shards.",
+    extras="train",
+    add_flags=_add_all_flags,
+    run=_run,
+)
+STAGE = Command(
+    description="Train a network on materialized shards.",
+    extras="train",
+    add_flags=_add_stage_flags,
+    run=_run_stage,
+)
+
+
+def local_command(model: str) -> Command:
+    """Returns the command of a local training script."""
+    return Command(
+        description=f"Train {model} on this machine.",
+        extras="train",
+        add_flags=_add_local_flags,
+        run=partial(_run_local, model=model),
+    )

@@ -53,6 +53,12 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="resume from a training state (without FILE: the one in the output directory)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run of this network in the output directory; its files are removed when "
+        "the first epoch of the new run has ended",
+    )
 
 
 def add_start_flags(parser: argparse.ArgumentParser) -> None:

@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pupilseg.cli.program import log_to_stderr
-from pupilseg.cli.train import run_training
 from pupilseg.cli.train_flags import add_train_flags, config_from
+from pupilseg.cli.train_run import run_training
 from pupilseg.cloud.client import INITIAL, RESULT
 from pupilseg.errors import DataError, PupilSegError, UsageError
 from pupilseg.export.onnx import export_onnx
-from pupilseg.files import output_errors, read_json, write_json
+from pupilseg.files import LOCK_NAME, output_errors, read_json, write_json
 from pupilseg.model_files.checkpoint import read_card
 from pupilseg.models import model_entry
 from pupilseg.prepare import ensure_shards, shard_jobs
@@ -229,6 +229,10 @@ def train(
     if state.is_file():
         log.info("resuming %s", run_dir.name)
         args.resume = str(state)
+    else:
+        args.overwrite = True  # files of an attempt that ended in its first epoch
+    # Left by a lost container. Containers do not see each other's locks on a volume.
+    (run_dir / LOCK_NAME).unlink(missing_ok=True)
     args.init = next(run_dir.glob(f"{INITIAL}.*"), None)
     with TemporaryDirectory(prefix="shards-") as local:
         code = run_training(

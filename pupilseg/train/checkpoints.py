@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pupilseg.errors import UsageError
-from pupilseg.files import atomic_path
+from pupilseg.files import atomic_path, directory_lock, output_errors
 from pupilseg.model_files.card import ModelCard
 from pupilseg.model_files.checkpoint import save_model, save_state
 from pupilseg.models import model_entry
@@ -17,7 +18,7 @@ from pupilseg.train.losses import alpha_schedule
 from pupilseg.train.metrics import scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -29,12 +30,72 @@ DEFERRED_EVERY = 10
 """Epochs between two written states when metrics are deferred."""
 
 
+def run_files(output_dir: Path, model: str) -> list[Path]:
+    """Returns the files of a network's run in a directory, the training state first."""
+    entry = model_entry(model)
+    names = (entry.state_file, entry.best_file, entry.history_file)
+    found = [path for name in names if (path := output_dir / name).exists()]
+    return [*found, *sorted(output_dir.glob(entry.epoch_files))]
+
+
+def _is_in(path: Path, directory: Path) -> bool:
+    return path.resolve().parent == directory.resolve()
+
+
+@contextmanager
+def claim_directory(
+    output_dir: Path,
+    model: str,
+    *,
+    resume: Path | None = None,
+    overwrite: bool = False,
+    flag: str = "output directory",
+) -> Iterator[None]:
+    """Locks the output directory of a run, and refuses to mix its files with another run's.
+
+    Networks may share a directory, because the names of their files differ, but not at the same
+    time. A directory that this function creates and that stays empty is removed.
+
+    Args:
+        output_dir: created if missing.
+        model: name in `pupilseg.models`.
+        resume: training state that the run resumes from.
+        overwrite: the run may replace another one.
+        flag: how the caller names the directory, for the message.
+
+    Raises:
+        LockedError: another process is training into the directory.
+        OutputError: the directory cannot be written.
+        UsageError: it holds another run of the network.
+    """
+    existed = output_dir.exists()
+    try:
+        with directory_lock(output_dir):
+            others = run_files(output_dir, model)
+            own = resume is not None and _is_in(resume, output_dir)
+            if others and not own and not overwrite:
+                resumable = others[0].name == model_entry(model).state_file
+                way = "" if resumable else ", which ended too early to --resume"
+                raise UsageError(
+                    f"{output_dir} holds another run of {model} ({others[0].name}){way}; pass "
+                    f"{'--resume to continue that run, ' if resumable else ''}--overwrite to "
+                    f"replace it, or another {flag}"
+                )
+            yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # not empty
+                output_dir.rmdir()
+
+
 class CheckpointWriter:
     """Writes the files of a run and reports its epochs.
 
     `queue` starts a copy of the training state to the host. On CUDA it is written while the next
     epoch runs, so that nothing waits for the device; elsewhere it is written at once. On ranks
     other than the first, the history is kept and no file is written.
+
+    Files of another run of the network are removed when this one writes its first file.
 
     Args:
         state: of the run.
@@ -61,6 +122,7 @@ class CheckpointWriter:
         self._on_epoch = on_epoch
         self._on_file = on_file
         self._entry = model_entry(state.config.model)
+        self._stale = run_files(output_dir, state.config.model)
         self._queued: HostCopy | None = None
         self._laps: dict[int, Sequence[Timestamp]] = {}
         self._reported = 0
@@ -85,8 +147,12 @@ class CheckpointWriter:
         stored = self._state.restore(path)
         self._extend_history(stored)
         self._reported = stored["reported"]
-        if self._state.ranks.first and not self.best_file.exists():
-            self._save_best(stored)
+        if _is_in(path, self._output_dir):
+            self._stale = []
+        if self._state.ranks.first:
+            self._remove_stale()
+            if not self.best_file.exists():
+                self._save_best(stored)
         self._saved_best = self.best["epoch"]
 
     def queue(self, *, last: bool = False) -> None:
@@ -125,6 +191,7 @@ class CheckpointWriter:
         self._extend_history(stored)
         defer = self._state.config.defer_metrics
         if self._state.ranks.first:
+            self._remove_stale()
             improved = self.best["epoch"] != self._saved_best
             if improved:
                 self._save_best(stored)
@@ -158,13 +225,13 @@ class CheckpointWriter:
             UsageError: the training loss is not finite.
         """
         state = self._state
-        epochs = state.config.epochs
-        steps = state.total_steps // epochs
+        steps = state.total_steps // state.config.epochs
         for epoch in range(len(self.history), stored["epoch"]):
             train, valid = stored["rows"][epoch].tolist()
+            epochs = state.schedule_of(epoch)
             row = {
                 "epoch": epoch + 1,
-                "lr": state.learning_rate((epoch + 1) * steps - 1),
+                "lr": state.learning_rate((epoch + 1) * steps - 1, epochs * steps),
                 "alpha": alpha_schedule(epoch, epochs),
                 **scores(state.metrics.names, train, "train"),
                 **scores(state.metrics.names, valid, "valid"),
@@ -176,6 +243,12 @@ class CheckpointWriter:
                 )
             self.history.append(row)
         self.best = self.history[int(stored["best_epoch"]) - 1]
+
+    def _remove_stale(self) -> None:
+        for path in self._stale:
+            with output_errors(path):
+                path.unlink(missing_ok=True)
+        self._stale = []
 
     def _save_best(self, stored: Mapping[str, Any]) -> None:
         self._save_model(self.best_file, stored["best"], self.best)

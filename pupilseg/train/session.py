@@ -1,7 +1,7 @@
-"""From shards to a trained network: what every training program calls.
+"""Trains a network on shards; the entry point of all training programs.
 
-`pipeline.train` and the scripts in training/ parse flags and call `train`, so that they cannot
-differ.
+`pipeline.train` and the scripts in training/ only parse flags and call `train`, so that they train
+in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pupilseg.shards import open_shards
 from pupilseg.tracking import RunInfo, Trackers
 from pupilseg.tracking import start as start_tracking
 from pupilseg.train.artifacts import make_artifacts
-from pupilseg.train.checkpoints import CheckpointWriter
+from pupilseg.train.checkpoints import CheckpointWriter, claim_directory
 from pupilseg.train.loop import fit
 from pupilseg.train.state import TrainState, notes_of
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAIT_SHARE = 0.05
-"""Share of the training time from which waiting for data is worth a hint."""
+"""Share of the training time spent waiting for data above which a hint is logged."""
 
 
 def train(
@@ -53,6 +53,8 @@ def train(
     ranks: Ranks = ALONE,
     initial: Path | None = None,
     resume: Path | None = None,
+    overwrite: bool = False,
+    claimed: bool = False,
     limit: int | None = None,
     threads: int | None = None,
     track: bool = True,
@@ -69,6 +71,9 @@ def train(
         ranks: from `runtime.distributed.join_ranks`.
         initial: model file whose weights and architecture the run starts from.
         resume: training state to resume from.
+        overwrite: replace another run of the network in `output_dir`; its files are removed when
+            the first epoch of this run has ended.
+        claimed: the caller holds `claim_directory` of `output_dir`.
         limit: use the first `limit` frames of each split only.
         threads: of each loader; None for the loader's default.
         track: start the trackers that the environment enables.
@@ -76,12 +81,17 @@ def train(
         stop: called after each epoch; True ends the run there.
 
     Raises:
+        LockedError: another process is training into `output_dir`.
+        UsageError: `output_dir` holds another run of the network; pass `resume` or `overwrite`.
         PupilSegError: as `open_shards`, `tracking.start` and `fit`.
     """
     if initial is not None:
         before = read_initial_card(initial, config.model)
         config = dataclasses.replace(config, architecture=before.architecture)
     with ExitStack() as stack:
+        if ranks.first and not claimed:
+            claim = claim_directory(output_dir, config.model, resume=resume, overwrite=overwrite)
+            stack.enter_context(claim)
         train_shards = stack.enter_context(open_shards(shards_dir / "train"))
         valid_shards = stack.enter_context(open_shards(shards_dir / "validation"))
         frames = min(len(train_shards), limit or len(train_shards))
@@ -95,7 +105,7 @@ def train(
             seed=config.seed,
             limit=limit,
             threads=threads,
-            label_dtype=torch.uint8,  # every use converts it; int64 would take 8 times the memory
+            label_dtype=torch.uint8,  # converted at each use; int64 would take 8 times the memory
             rank=ranks.rank,
             world_size=ranks.world_size,
             compiled=config.compile,
@@ -177,7 +187,7 @@ def _log_wait_share(loader: Loader) -> None:
 def _log_outcome(
     trackers: Trackers, config: TrainConfig, result: FitResult, output_dir: Path, valid: ShardSet
 ) -> None:
-    """Logs the best model, the history, and files that show how the run went."""
+    """Logs the best model, the history, curves and sample predictions."""
     history = output_dir / model_entry(config.model).history_file
     folder = output_dir / f"{config.model}_mlflow"
     trackers.log_file(result.best_file, "checkpoints")

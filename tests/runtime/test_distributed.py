@@ -1,4 +1,4 @@
-"""Two processes train like one, and none waits forever for another."""
+"""Two processes give the results of one, and no process waits forever for another."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from pupilseg.cli import train as cli_train
+from pupilseg.cli import train_run
 from pupilseg.errors import ParallelError, UsageError
 from pupilseg.runtime.batch_norm import RankedBatchNorm, synchronize_norms
 from pupilseg.runtime.distributed import ALONE, Ranks
@@ -70,7 +70,7 @@ def test_ranks_exchange_values(tmp_path):
         assert found["done"] == [rank]
 
 
-def test_a_single_process_communicates_with_none():
+def test_a_single_process_does_not_communicate():
     weight = nn.Parameter(torch.zeros(1))
     weight.grad = torch.ones(1)
     ALONE.average_gradients([weight])
@@ -112,7 +112,7 @@ def _normalize(ranks, image, upstream):
 
 
 def test_batch_norm_over_two_ranks_equals_one_over_all_frames(tmp_path):
-    """Compared with torch's own, at a mean whose square float32 represents badly."""
+    """Compares with torch's batch norm, at a mean whose square is imprecise in float32."""
     torch.manual_seed(0)
     image = torch.randn(4, 3, 5, 7) * 0.1 + torch.tensor([0.0, 30.0, -5.0])[:, None, None]
     upstream = torch.randn_like(image)
@@ -307,10 +307,10 @@ def is_running(pid):
 def test_the_cores_that_divide_a_batch_are_used(
     shards, monkeypatch, caplog, cores, batch_size, epochs, processes
 ):
-    """Short runs have one process: 8 frames for one epoch are over before others have started."""
-    monkeypatch.setattr(cli_train, "available_cores", lambda: cores)
+    """Short runs use one process: 8 frames for one epoch finish before others have started."""
+    monkeypatch.setattr(train_run, "available_cores", lambda: cores)
     args = Namespace(processes=None, limit=None)
     config = TrainConfig(batch_size=batch_size, epochs=epochs)
     with caplog.at_level("INFO", "pupilseg"):
-        assert cli_train._choose_processes(args, config, shards) == processes
+        assert train_run._choose_processes(args, config, shards) == processes
     assert ("one process: the run takes about 0 s" if epochs == 1 else "CPU cores") in caplog.text

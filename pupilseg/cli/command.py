@@ -1,0 +1,73 @@
+"""A command of the pipeline: `pupilseg NAME`, and the script `python -m pipeline.NAME`."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pupilseg.cli.program import EXTRA_OF
+from pupilseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command with its flags.
+
+    Modules of commands import heavy packages in their functions, so that a missing one is reported
+    without a traceback.
+
+    Attributes:
+        description: for its help text.
+        extras: extras of the package that it needs, separated by commas.
+        add_flags: adds its flags to a parser, and may change the parser's format.
+        run: does the work and returns the exit code.
+    """
+
+    description: str
+    extras: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+    def set_up(self, parser: argparse.ArgumentParser) -> None:
+        """Prepares a parser, whose result then has `command`, a function of the result.
+
+        Raises:
+            UsageError: a package is not installed.
+        """
+        parser.description = self.description
+        with self._packages():
+            self.add_flags(parser)
+        parser.set_defaults(command=self._run)
+
+    def main(self, prog: str | None = None) -> int:
+        """Parses `sys.argv` and runs; returns the exit code.
+
+        Args:
+            prog: how the program is started, for its usage line.
+
+        Raises:
+            PupilSegError: as `run`, and a package is not installed.
+        """
+        parser = argparse.ArgumentParser(prog=prog)
+        self.set_up(parser)
+        return self._run(parser.parse_args())
+
+    def _run(self, args: argparse.Namespace) -> int:
+        with self._packages():
+            return self.run(args)
+
+    @contextmanager
+    def _packages(self) -> Iterator[None]:
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRA_OF:
+                raise
+            raise UsageError(
+                f"this command needs {error.name}; run: pip install 'pupilseg[{self.extras}]'"
+            ) from error

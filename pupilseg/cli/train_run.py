@@ -1,0 +1,200 @@
+"""Runs a training command, from its parsed flags to its exit code."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pupilseg.cli.program import finishing
+from pupilseg.cli.train_flags import LATEST, config_from
+from pupilseg.errors import OutputError, UsageError
+from pupilseg.model_files.checkpoint import read_initial_card
+from pupilseg.models import model_entry
+from pupilseg.runtime.device import find_device
+from pupilseg.runtime.distributed import Ranks, join_ranks, local_ranks
+from pupilseg.runtime.host import available_cores, keep_freed_memory
+from pupilseg.shards import open_shards
+from pupilseg.train.checkpoints import claim_directory, epoch_line, run_files
+from pupilseg.train.config import default_batch_size
+from pupilseg.train.session import train
+from pupilseg.weights import initial_path
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+    from pupilseg.train.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+FRAME_S = 0.045
+"""Seconds per training frame on one core (docs/benchmarks.md)."""
+SHORT_RUN_S = 30.0
+"""Estimated time below which a run has one process: others take 3 s to start."""
+
+
+def run_training(
+    args: argparse.Namespace,
+    model: str,
+    output_dir: Path,
+    find_shards: Callable[[], Path],
+    print_line: Callable[[str], None],
+    output_flag: str = "--output-dir",
+) -> int:
+    """Trains as the flags of `add_train_flags` request; returns the exit code.
+
+    Args:
+        args: the parsed flags.
+        model: name in `pupilseg.models`.
+        output_dir: receives the checkpoints.
+        find_shards: returns the directory with train/ and validation/, after creating it if
+            necessary. Called after all flags were checked, so that a wrong one costs no download.
+        print_line: prints a line.
+        output_flag: the flag that sets `output_dir`, for messages.
+
+    Raises:
+        PupilSegError: the run cannot start or continue.
+    """
+    model_entry(model)
+    config = config_from(args, model)
+    initial = None if args.init is None else initial_path(model, args.init)
+    if initial is not None:
+        read_initial_card(initial, model)
+    resume = _resume_file(args, model, output_dir)
+    with join_ranks(find_device(args.device)) as (joined, device), ExitStack() as stack:
+        ranks = joined
+        if args.processes is not None and (device.type != "cpu" or ranks.world_size > 1):
+            raise UsageError(
+                "--processes starts processes on the CPU of this machine; for several GPUs, or "
+                "with torchrun, use: torchrun --nproc-per-node N"
+            )
+        if config.batch_size is not None:
+            ranks.share_of(config.batch_size)
+        claim = claim_directory(
+            output_dir, model, resume=resume, overwrite=args.overwrite, flag=output_flag
+        )
+
+        def prepare() -> Path:
+            if joined.first:
+                stack.enter_context(claim)
+            return find_shards()
+
+        shards = joined.after_first(prepare)
+        _log_num_workers(args.num_workers)
+        work = partial(
+            train,
+            config,
+            shards,
+            output_dir,
+            device=device,
+            initial=initial,
+            resume=resume,
+            overwrite=args.overwrite,
+            claimed=True,
+            limit=args.limit,
+            threads=args.num_workers,
+            track=args.mlflow,
+        )
+        if device.type == "cpu":
+            keep_freed_memory()
+            torch.set_num_threads(args.threads or 1)
+            if ranks.world_size == 1:
+                processes = _choose_processes(args, config, shards)
+                others = partial(_train_rank, work, args.threads or 1)
+                ranks = stack.enter_context(local_ranks(processes, others))
+        stop = stack.enter_context(finishing("this epoch"))
+        stack.enter_context(_resume_hint(output_dir, model))
+        result = work(
+            ranks=ranks,
+            on_epoch=lambda row: print_line(epoch_line(row, config.epochs)),
+            stop=stop,
+        )
+        if ranks.first and result.interrupted:
+            print_line(f"interrupted after epoch {len(result.history)}; continue with --resume")
+        elif ranks.first:
+            print_line(f"best: {result.best_file} (mIoU {result.best['valid_iou']:.4f})")
+    return 130 if result.interrupted else 0
+
+
+def _log_num_workers(threads: int | None) -> None:
+    if threads is not None:
+        log.info(
+            "--num-workers %d: data are loaded by %s; there are no worker processes",
+            threads,
+            f"{threads} threads" if threads else "the training thread",
+        )
+
+
+def _train_rank(work: Callable[..., object], threads: int, ranks: Ranks) -> None:
+    """Trains in another process than the first."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    work(ranks=ranks)
+
+
+def _choose_processes(args: argparse.Namespace, config: TrainConfig, shards: Path) -> int:
+    """Returns how many processes train on this machine, and logs the reason.
+
+    Raises:
+        UsageError: `--processes` does not divide the batch size.
+    """
+    with open_shards(shards / "train") as split:
+        frames = min(len(split), args.limit or len(split))
+    batch_size = config.batch_size or default_batch_size(CPU, frames)
+    if args.processes is not None:
+        Ranks(0, args.processes).share_of(batch_size)
+        return int(args.processes)
+    cores = available_cores()
+    processes = max(n for n in range(1, cores + 1) if batch_size % n == 0)
+    seconds = config.epochs * frames * FRAME_S
+    if processes > 1 and seconds < SHORT_RUN_S:
+        log.info("one process: the run takes about %.0f s, others seconds to start", seconds)
+        return 1
+    log.info(
+        "%d of %d CPU cores are used, one process each, which share batches of %d frames; change "
+        "this with --processes N or --threads N",
+        processes,
+        cores,
+        batch_size,
+    )
+    return processes
+
+
+@contextmanager
+def _resume_hint(output_dir: Path, model: str) -> Iterator[None]:
+    """Adds to an error of a full disk the flag that the same command needs the next time."""
+    try:
+        yield
+    except OutputError as error:
+        if not (left := run_files(output_dir, model)):
+            raise
+        resumable = left[0].name == model_entry(model).state_file
+        flag = "--resume to continue after the last saved epoch" if resumable else "--overwrite"
+        raise OutputError(f"{error}; then add {flag}") from error
+
+
+def _resume_file(args: argparse.Namespace, model: str, output_dir: Path) -> Path | None:
+    """Returns the training state that `--resume` refers to.
+
+    Raises:
+        UsageError: `--resume` was passed without a file, and the output directory has none, or
+            `--overwrite` was passed too.
+    """
+    if args.resume is None:
+        return None
+    if args.resume != LATEST:
+        return Path(args.resume)
+    if args.overwrite:
+        raise UsageError("--resume continues the run that --overwrite removes; pass one of them")
+    path = output_dir / model_entry(model).state_file
+    if not path.exists():
+        left = run_files(output_dir, model)
+        without = "with --overwrite instead" if left else "once without --resume"
+        raise UsageError(f"nothing to resume: {path} does not exist; run {without}")
+    return path
