@@ -1,1 +1,1 @@
-"""Evaluation of model files: scores, confidence calibration, plots and a report."""
+"""Evaluates model files: scores, confidence calibration, plots and a report."""

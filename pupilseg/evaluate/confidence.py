@@ -1,4 +1,4 @@
-"""Runs a model over a split, and calibrates its confidence."""
+"""Runs a model on a split and calibrates its confidence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WHOLE_IMAGE = Letterbox.of((HEIGHT, WIDTH))
 
 
 def check_preprocessing(shards: ShardSet, trained: str, model: str) -> None:
-    """Checks that a model was trained on images with a split's preprocessing.
+    """Checks that a model was trained on images with the same preprocessing as a split.
 
     Args:
         shards: the split.
@@ -43,31 +43,31 @@ def check_preprocessing(shards: ShardSet, trained: str, model: str) -> None:
         model: its name, for messages.
 
     Raises:
-        UsageError: the split has another preprocessing.
+        UsageError: the preprocessing differs.
     """
     applied = shards.manifest["preprocessing"]
     if trained != applied:
         raise UsageError(
             f"{model} was trained on images with preprocessing {trained!r}, but those in "
-            f"{shards.directory} have {applied!r}; give shards that "
+            f"{shards.directory} have {applied!r}; pass shards that "
             f"`python -m pipeline.materialize --preprocessing {trained}` made from raw images, or "
-            "a model trained on these"
+            "a model trained on these shards"
         )
 
 
 def frames_with_output(
     shards: ShardSet, outputs: Outputs, indices: Sequence[int], batch_size: int, description: str
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]]:
-    """Yields image and label of samples, (400, 640) each, and the network's output.
+    """Yields the image and label of each sample, (400, 640) each, and the network's output.
 
     Args:
         shards: the split.
         outputs: the network.
-        indices: of the samples.
-        batch_size: frames per call of the network.
+        indices: indices of the samples.
+        batch_size: number of frames per call of the network.
         description: label of the progress bar.
     """
-    # Only the label is decoded: a sample's distance maps would take ten times as long.
+    # Decode only the label: decoding the distance maps too would take ten times as long.
     packed = shards.encoding("label") == BITS
     images = shards["image"]
     starts = range(0, len(indices), batch_size)
@@ -108,20 +108,20 @@ class PredictedConfidence(NamedTuple):
 
     @property
     def found(self) -> NDArray[np.bool_]:
-        """(n,): a pupil was found."""
+        """Bool (n,): a pupil was found."""
         return ~np.isnan(self.raw)
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """(n,): a pupil was found, with its center within `GOOD_PX`."""
+        """Bool (n,): a pupil was found and its center error is at most `GOOD_PX`."""
         return self.center_error_px <= GOOD_PX
 
     def calibrated(self, calibration: Calibration | None) -> NDArray[np.float64]:
         """Returns the calibrated confidence, float64 (n,); 0 if no pupil was found.
 
         Args:
-            calibration: of the model; None to fit one on each half of these frames and apply it to
-                the other half.
+            calibration: calibration of the model; None fits one on each half of these frames and
+                applies it to the other half.
         """
         confidence = np.zeros(len(self.raw))
         raw, good = self.raw[self.found], self.good[self.found]
@@ -140,13 +140,13 @@ def calibrate(network: OnnxNetwork, model: str, shards_dir: Path) -> Calibration
     """Calibrates a network's confidence on a split.
 
     Args:
-        network: of any task.
+        network: a segmentation or ellipse network.
         model: its name, for messages.
         shards_dir: the split, such as DIR/validation.
 
     Raises:
         DataError: the shards are missing or damaged.
-        UsageError: their images have another preprocessing than the model's.
+        UsageError: the preprocessing of their images differs from that of the model.
     """
     with open_shards(shards_dir) as shards:
         check_preprocessing(shards, network.info.preprocessing, model)

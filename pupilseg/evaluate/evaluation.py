@@ -1,4 +1,4 @@
-"""Evaluates a model file on the frames of a split; ONNX files need no torch."""
+"""Evaluates a model file on the frames of a split; torch is not needed for ONNX files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     """Image, label, and the network's output."""
 
 EXAMPLES = 6
-"""Frames of each kind in the report."""
+"""Maximum number of frames of each kind in the report."""
 COLUMNS = (
     "name",
     "pupil_iou",
@@ -50,10 +50,10 @@ COLUMNS = (
     "predicted_area_px",
     "confidence",
 )
-"""Columns of per_frame.csv. The errors are empty if label or prediction has no pupil. The
-confidence is that of `Predictor`: of the pupil after postprocessing, 0 if there is none."""
+"""Columns of per_frame.csv. The errors are empty if the label or the prediction has no pupil.
+`confidence` is that of `Predictor`, after postprocessing; it is 0 if no pupil was found."""
 CURVE_POINTS = 101
-"""Rows of iou_curve.csv and center_curve.csv, for any number of frames."""
+"""Number of rows of iou_curve.csv and center_curve.csv, whatever the number of frames."""
 
 
 def evaluate_model(
@@ -65,26 +65,27 @@ def evaluate_model(
     batch_size: int = 8,
     history: Path | None = None,
 ) -> dict[str, Any]:
-    """Scores a model file on a split, and writes tables and a report.
+    """Scores a model file on a split and writes tables and a report.
 
     Args:
         model: *.pt, *.safetensors or *.onnx.
-        shards_dir: of the split, such as DIR/validation.
+        shards_dir: directory of the split, such as DIR/validation.
         out: receives metrics.json, per_frame.csv, iou_curve.csv, center_curve.csv, report.html.
-        device: for torch, see `runtime.device.find_device`; ONNX files run on the CPU.
-        batch_size: frames per call of the network.
-        history: history.csv of a training run, whose curves the report shows.
+        device: device for torch (see `runtime.device.find_device`); ONNX files run on the CPU.
+        batch_size: number of frames per call of the network.
+        history: history.csv of a training run, to plot in the report.
 
     Returns:
-        The content of metrics.json: `scoring.summarize`, calibration_error (mean difference of
-        confidence and outcome), calibrated_on, model, model_file, preprocessing, data, split. A
-        metric without any frame to measure is NaN here and null in the file.
+        The content of metrics.json: the scores of `scoring.summarize`, calibration_error (mean
+        difference between confidence and outcome), calibrated_on, model, model_file,
+        preprocessing, data, split. A metric that no frame contributes to is NaN here and null in
+        the file.
 
     Raises:
         CheckpointError: the model file is missing, damaged, or not written by pupilseg.
         DataError: the shards or the history are missing or damaged.
-        UsageError: the shards have another preprocessing than the model's training images, or the
-            device is unavailable.
+        UsageError: the preprocessing of the shards differs from that of the model's training
+            images, or the device is unavailable.
         OutputError: `out` cannot be written.
     """
     model, out = Path(model), Path(out)
@@ -137,8 +138,8 @@ def choose_examples(scores: FrameScores) -> dict[str, list[int]]:
     """Chooses the frames that the report shows, at most `EXAMPLES` of a kind.
 
     Returns:
-        Title -> indices: worst, median and best frames with a pupil, by pupil IoU, without
-        repetition; then blinks, largest false prediction first.
+        Title -> indices: the worst, median and best frames with a pupil by pupil IoU, without
+        duplicates; then blinks, with the largest false prediction first.
     """
     open_eye = np.flatnonzero(~scores.is_blink)
     order = [int(i) for i in open_eye[np.argsort(scores.pupil_iou[open_eye], kind="stable")]]
@@ -157,7 +158,7 @@ def choose_examples(scores: FrameScores) -> dict[str, list[int]]:
 
 
 def _caption(scores: FrameScores, index: int) -> str:
-    """Returns the caption of a frame's picture."""
+    """Returns the caption of a frame in the report."""
     if scores.is_blink[index]:
         area = int(scores.predicted_area_px[index])
         verdict = f"no pupil, but {area} px predicted" if area else "no pupil, none predicted"
@@ -173,7 +174,7 @@ def write_tables(scores: FrameScores, confidence: NDArray[np.float64], out: Path
     """Writes per_frame.csv, iou_curve.csv and center_curve.csv; NaN becomes an empty cell.
 
     Raises:
-        OutputError: they cannot be written.
+        OutputError: a file cannot be written.
     """
     columns = (
         scores.names,

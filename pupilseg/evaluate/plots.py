@@ -1,4 +1,4 @@
-"""Plots of evaluations and training runs as PNG; the only module that imports matplotlib."""
+"""Plots evaluations and training runs as PNG; the only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pupilseg.model_files.calibration import Reliability
 
 CENTER_AXIS_PX = 10.0
-"""Right end of the center error curve."""
+"""Upper limit of the center error axis."""
 _BLUE, _ORANGE, _GRAY = "#2563eb", "#ea580c", "#6b7280"
 _LOSS_TITLES = {
     "loss": "total loss",
@@ -46,7 +46,7 @@ def iou_histogram(pupil_iou: NDArray[np.float64]) -> bytes:
     """Draws a histogram of the frames' pupil IoU.
 
     Args:
-        pupil_iou: float64 (n,), of the frames with a pupil.
+        pupil_iou: float64 (n,), one value per frame with a pupil.
 
     Returns:
         A PNG file.
@@ -64,10 +64,10 @@ def iou_histogram(pupil_iou: NDArray[np.float64]) -> bytes:
 
 
 def center_curve(center_error_px: NDArray[np.float64]) -> bytes:
-    """Draws the share of frames with a center error up to each distance.
+    """Draws the cumulative distribution of the center error.
 
     Args:
-        center_error_px: float64 (n,), of the frames with a pupil; NaN if none was found.
+        center_error_px: float64 (n,), one value per frame with a pupil; NaN if no pupil was found.
 
     Returns:
         A PNG file.
@@ -88,7 +88,8 @@ def reliability_curve(curve: Reliability) -> bytes:
     """Draws a reliability diagram: the share of good frames against the confidence.
 
     Args:
-        curve: of the frames in which a pupil was found; dots are sized by number of frames.
+        curve: reliability over the frames in which a pupil was found. The area of a dot is
+            proportional to its number of frames.
 
     Returns:
         A PNG file.
@@ -115,7 +116,7 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, list[float]]:
         DataError: the file is missing, empty, or not numeric.
     """
     path = Path(path)
-    hint = "give the history.csv that training wrote, or leave out --history"
+    hint = "pass the history.csv that training wrote, or omit --history"
     try:
         with path.open(newline="", encoding="utf-8") as handle:
             head, *rows = list(csv.reader(handle, strict=True)) or [[]]
@@ -135,10 +136,10 @@ def read_history(path: str | os.PathLike[str]) -> dict[str, list[float]]:
 
 
 def training_curves(history: Mapping[str, Sequence[float]]) -> bytes:
-    """Draws loss and scores against the epoch.
+    """Draws the loss and scores over the epochs.
 
     Args:
-        history: as returned by `read_history`; missing columns are left out.
+        history: as returned by `read_history`; missing columns are skipped.
 
     Returns:
         A PNG file.
@@ -154,7 +155,7 @@ def training_curves(history: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def loss_curves(history: Mapping[str, Sequence[float]]) -> bytes:
-    """Draws each term of the loss against the epoch, in training and validation.
+    """Draws each term of the loss over the epochs, for training and validation.
 
     Args:
         history: as returned by `read_history`.
@@ -180,13 +181,13 @@ def _curves(
             color = _ORANGE if split == "train" else _BLUE
             axes.plot(history["epoch"], history[name], color=color, label=split, marker=".")
         axes.set(xlabel="epoch", title=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # no ticks at epoch 1.5
+        axes.xaxis.get_major_locator().set_params(integer=True)  # no tick at epoch 1.5
         axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 
 def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
-    """Returns a figure and its axes side by side, without pyplot's display and global state."""
+    """Returns a figure with axes side by side, without the display and global state of pyplot."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -205,7 +206,7 @@ def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _png(figure: Any) -> bytes:
-    """Encodes a figure as PNG, without the metadata that differ between versions."""
+    """Encodes a figure as PNG, without metadata that differs between matplotlib versions."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

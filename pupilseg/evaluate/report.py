@@ -1,4 +1,4 @@
-"""The report of an evaluation: metrics, curves and pictures in one self-contained HTML file."""
+"""Writes the evaluation report: metrics, curves and images in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Example(NamedTuple):
         caption: plain text.
         image: uint8 (H, W).
         label: (H, W), non-zero inside the pupil.
-        mask: predicted, (H, W), non-zero inside the pupil.
+        mask: predicted mask (H, W), non-zero inside the pupil.
     """
 
     caption: str
@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
     @property
     def picture(self) -> str:
-        """The frame with both outlines, as a `data:` URI."""
+        """The frame with the outlines of label and mask, as a `data:` URI."""
         return data_uri(encode(compare(self.image, self.label, self.mask), ".jpg"), "jpeg")
 
 
@@ -56,10 +56,10 @@ def write_report(
     Args:
         path: usually `report.html`.
         metrics: as `evaluation.evaluate_model` returns them.
-        scores: of the frames.
-        curve: confidence against the share of good frames.
-        examples: heading -> frames; headings without frames are left out.
-        history: columns of a training run's history, for its curves.
+        scores: scores of the frames.
+        curve: reliability of the confidence.
+        examples: heading -> frames; headings without frames are omitted.
+        history: columns of a training run's history to plot; None omits the plots.
 
     Raises:
         OutputError: the file cannot be written.
@@ -82,7 +82,7 @@ def write_report(
 
 
 def _headline(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Returns the most important metrics: title, value and note."""
+    """Returns the title, value and note of each of the main metrics."""
     return [
         ("pupil IoU", _number(metrics["pupil_iou"], 4), "all pixels"),
         (

@@ -1,6 +1,6 @@
-"""Scores of frames and of a split, computed from masks with NumPy, without torch.
+"""Scores frames and splits from masks, with NumPy and without torch.
 
-They are the scores of the raw masks of a network, before the postprocessing of `predict`.
+The masks are those of the network, before the postprocessing of `predict`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class FrameScores:
     """Counts and errors of n frames, in the order of the split.
 
     Attributes:
-        names: of the frames.
-        area_px: int64 (n,), pixels of the label.
-        predicted_area_px: int64 (n,), pixels of the prediction.
-        intersection_px: int64 (n,), pixels of both.
-        center_error_px: float64 (n,), distance of the centroids; NaN if either mask is empty.
+        names: names of the frames.
+        area_px: int64 (n,), number of pixels in the label.
+        predicted_area_px: int64 (n,), number of pixels in the prediction.
+        intersection_px: int64 (n,), number of pixels in both.
+        center_error_px: float64 (n,), distance between the centroids; NaN if either mask is empty.
         radius_error_px: float64 (n,), mean absolute difference of the semi-axes along x and y of
             the upright ellipses with the masks' second moments; NaN if either mask is empty.
     """
@@ -62,7 +62,7 @@ class FrameScores:
 
     @property
     def pupil_iou(self) -> NDArray[np.float64]:
-        """float64 (n,); a blink counts 1 if nothing is predicted, else 0."""
+        """float64 (n,); for a blink, 1 if nothing is predicted, else 0."""
         return _ratio(self.intersection_px, self.union_px)
 
     @property
@@ -100,7 +100,7 @@ def score_frames(names: list[str], pairs: Iterable[tuple[Any, Any]]) -> FrameSco
     """Compares labels and predictions.
 
     Args:
-        names: of the frames.
+        names: names of the frames.
         pairs: (label, predicted mask) of each frame, (400, 640), non-zero inside the pupil.
     """
     areas = np.zeros((len(names), 3), dtype=np.int64)
@@ -120,8 +120,9 @@ def summarize(scores: FrameScores) -> dict[str, float]:
         miou, pupil_iou, background_iou: from counts summed over all frames, as in training.
         pupil_iou_mean, _median, _p5: over the frames with a pupil. center_error_px_mean, _median,
         _p95 and radius_error_px_mean, ...: over the frames in which a pupil was found.
-        within_5px_share, found_share: of the frames with a pupil. frames, blinks,
-        blink_false_positives (blinks with a prediction): counts. NaN if no frame can be measured.
+        within_5px_share, found_share: fractions of the frames with a pupil. frames, blinks,
+        blink_false_positives (blinks with a prediction): counts. A score that no frame contributes
+        to is NaN.
     """
     union, inter = scores.union_px.sum(), scores.intersection_px.sum()
     pixels = len(scores.names) * HEIGHT * WIDTH
@@ -162,9 +163,9 @@ def _quantile(values: NDArray[np.float64], share: float) -> float:
 def share_within(
     center_error_px: NDArray[np.float64], distance_px: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Returns the share of errors up to each distance; a NaN error exceeds every distance.
+    """Returns the fraction of errors that are at most each distance.
 
-    NaN if there are no errors.
+    A NaN error exceeds every distance. The result is NaN if there are no errors.
     """
     if not center_error_px.size:
         return np.full(len(distance_px), np.nan)

@@ -1,4 +1,4 @@
-"""Export formats, and the release of trained weights.
+"""Export formats and the release of trained weights.
 
 To add a format, write one module here with a function such as `onnx.export_onnx`, and add one line
 to `EXPORTERS`.
@@ -22,18 +22,18 @@ EXPORTERS = {
     ".onnx": "pupilseg.export.onnx:export_onnx",
     ".safetensors": "pupilseg.export.safetensors:export_safetensors",
 }
-"""Suffix of the file to write -> "module:function", imported when it is called."""
+"""Output file suffix -> "module:function", imported on first use."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What an exporter did.
+    """Result of an export.
 
     Attributes:
         bytes: size of the file.
         parameters: number of trainable parameters.
-        parity: largest difference from torch, relative to the largest output magnitude; 0 for a
-            format that holds the weights themselves.
+        parity: largest difference from the torch output, relative to the largest output
+            magnitude; 0 for a format that stores the weights themselves.
     """
 
     bytes: int
@@ -56,16 +56,17 @@ def export_model(
     *,
     calibrate_on: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
-    """Writes a trained network in the format that the output file's suffix names.
+    """Exports a trained network in the format given by the suffix of the output file.
 
     Args:
         model_file: written by `pupilseg.model_files.checkpoint.save_model`.
-        out: its suffix is one of `EXPORTERS`.
+        out: path with one of the suffixes in `EXPORTERS`.
         calibrate_on: shards of the validation split, on which the confidence is calibrated; None
             keeps the raw score.
 
     Raises:
-        UsageError: unknown suffix, a package is missing, or the format cannot do what is asked.
+        UsageError: the suffix is unknown, a package is missing, or the format cannot store a
+            calibration.
         CheckpointError: the model file is damaged, or the exported network differs from torch.
         OutputError: `out` cannot be written.
     """

@@ -1,18 +1,18 @@
-"""Rewrites a trained network into the form that ONNX Runtime computes fastest.
+"""Rewrites a trained network into a form that ONNX Runtime computes faster.
 
-The function stays the same up to the rounding of float32 (about 3e-6 of the largest output). ONNX
-Runtime's CPU convolutions work on blocks of 8 or 16 channels (MLAS `nchwc`), and a tensor whose
-channel count does not fit is copied between layouts before and after each of them. So:
+The outputs stay the same up to float32 rounding (about 3e-6 of the largest output). ONNX Runtime's
+CPU convolutions work on blocks of 8 or 16 channels (MLAS `nchwc`). A tensor whose channel count
+does not fit is copied between layouts before and after each convolution. Therefore:
 
 - Batch norms are folded into their convolutions, in float64.
 - Channels are padded with zero weights to a count that keeps the blocked layout (`_width`).
 - The stem computes two neighboring columns at once, which fills a block of 16 from 8 channels.
-- The residual of a depthwise convolution is one added to the middle of its kernel.
-- Queries, keys and values pass the depthwise convolution together (the identity for keys and
-  values), so that they are cut into windows once.
-- The pixel shuffle is two transposes, along x and along y, each of which copies contiguous runs.
+- The residual connection of a depthwise convolution becomes a 1 added to the center of its kernel.
+- Queries, keys and values go through one depthwise convolution (the identity for keys and values),
+  so that they are partitioned into windows only once.
+- The pixel shuffle becomes two transposes, along x and along y, that copy contiguous runs.
 
-docs/benchmarks.md has the measurements.
+See docs/benchmarks.md for the measurements.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from pupilseg.models.efficientvit import Decoder
 
 BLOCK = 16
-"""Channels that a convolution computes at once with AVX-512; 8 with AVX2."""
+"""Number of channels that a convolution computes at once with AVX-512 (8 with AVX2)."""
 ALIGNMENT = 4
-"""Above `BLOCK`, channel counts that are no multiple of this leave the blocked layout."""
+"""Channel counts above `BLOCK` must be a multiple of this to keep the blocked layout."""
 CENTER, HALF_RANGE = 127.5, 127.5
 """The network input is (gray - CENTER) / HALF_RANGE."""
 
@@ -42,8 +42,8 @@ class FusedNetwork(nn.Module):
     """A network built from `Encoder` and `Decoder`, for inference on uint8 images.
 
     Args:
-        model: in evaluation mode, with the attributes `encoder` and `decoder`, and `head` (a
-            `SubpixelHead`, which gives logits) or `score` with `ellipse` (which gives an ellipse).
+        model: a network in evaluation mode with the attributes `encoder` and `decoder`, and
+            either `head` (a `SubpixelHead`, for logits) or `score` and `moments` (for an ellipse).
     """
 
     def __init__(self, model: Any) -> None:
@@ -63,13 +63,13 @@ class FusedNetwork(nn.Module):
 
 
 def is_fusible(model: nn.Module) -> bool:
-    """Returns whether `FusedNetwork` knows the parts of a network."""
+    """Returns True if `FusedNetwork` supports a network."""
     head = isinstance(getattr(model, "head", None), SubpixelHead) or hasattr(model, "moments")
     return isinstance(getattr(model, "encoder", None), Encoder) and head
 
 
 def _width(channels: int) -> int:
-    """Returns the channel count to compute, at least `channels`."""
+    """Returns the channel count after padding."""
     return BLOCK if channels < BLOCK else -(-channels // ALIGNMENT) * ALIGNMENT
 
 
@@ -92,13 +92,13 @@ def _folded(layer: nn.Module) -> Weights:
 
 
 def _channels(layer: nn.Module) -> tuple[int, int]:
-    """Returns how many channels a `ConvNorm` takes and gives."""
+    """Returns the number of input and output channels of a `ConvNorm`."""
     conv: Any = layer[0]  # type: ignore[index]  # a ConvNorm is a Sequential
     return conv.in_channels, conv.out_channels
 
 
 def _padded(weights: Weights, out_chans: int, in_chans: int) -> Weights:
-    """Returns weights for more channels; the added ones are zero."""
+    """Returns weights padded with zeros to more channels."""
     kernel, bias = weights
     wide = kernel.new_zeros(out_chans, in_chans, *kernel.shape[2:])
     wide[: kernel.shape[0], : kernel.shape[1]] = kernel
@@ -112,8 +112,7 @@ class _Conv(nn.Module):
         kernel: (out, in, kh, kw).
         bias: (out,).
         stride: along y and x.
-        padding: rows above and columns to the left, then rows below and columns to the right;
-            None pads to keep the size at stride 1.
+        padding: (top, left, bottom, right); None keeps the size at stride 1.
         groups: as in `nn.Conv2d`.
     """
 
@@ -142,16 +141,16 @@ class _Conv(nn.Module):
 
 
 def _conv(layer: nn.Module, out_chans: int, in_chans: int, stride: int = 1) -> _Conv:
-    """Returns a `ConvNorm` with padded channels."""
+    """Returns a `ConvNorm` as one convolution with padded channels."""
     return _Conv(*_padded(_folded(layer), out_chans, in_chans), (stride, stride))
 
 
 def _depthwise(layer: nn.Module, chans: int, stride: int = 1, identity: float = 0.0) -> _Conv:
-    """Returns a depthwise `ConvNorm` with padded channels.
+    """Returns a depthwise `ConvNorm` as one convolution with padded channels.
 
     Args:
-        layer: the `ConvNorm`.
-        chans: channels after padding.
+        layer: a depthwise `ConvNorm`.
+        chans: number of channels after padding.
         stride: along both axes.
         identity: multiple of the input that is added to the output.
     """
@@ -161,7 +160,7 @@ def _depthwise(layer: nn.Module, chans: int, stride: int = 1, identity: float = 
 
 
 class _FusedStem(nn.Sequential):
-    """The two strided convolutions of the stem, from gray values minus `CENTER`."""
+    """The two strided convolutions of the stem; the input is gray values minus `CENTER`."""
 
     def __init__(self, stem: nn.Module, out_chans: int) -> None:
         first, second = _folded(stem[0]), _folded(stem[2])  # type: ignore[index]
@@ -175,13 +174,13 @@ class _FusedStem(nn.Sequential):
             )
             return
         half = BLOCK // 2
-        # Channel c of column 2 X is channel c of column X here, that of column 2 X + 1 is c + half.
+        # Column X here holds columns 2 X (channels from 0) and 2 X + 1 (channels from `half`).
         pair = first[0].new_zeros(BLOCK, 1, 3, 5)
         pair[:chans, :, :, :3] = first[0]
         pair[half : half + chans, :, :, 2:] = first[0]
         pair_bias = first[1].new_zeros(BLOCK)
         pair_bias[:chans] = pair_bias[half : half + chans] = first[1]
-        # Column x reads the columns 2 x - 1, 2 x and 2 x + 1: the right one of pair x - 1, pair x.
+        # Column x reads columns 2 x - 1, 2 x and 2 x + 1: the right half of pair x - 1, and pair x.
         kernel, bias = second
         merge = kernel.new_zeros(len(bias), BLOCK, 3, 2)
         merge[:, half : half + chans, :, 0] = kernel[..., 0]
@@ -322,7 +321,7 @@ class _FusedDecoder(nn.Module):
 
 
 class _FusedHead(nn.Module):
-    """`SubpixelHead` behind its score."""
+    """`SubpixelHead` without its score layer."""
 
     def __init__(self, head: SubpixelHead) -> None:
         super().__init__()
@@ -337,7 +336,7 @@ class _FusedHead(nn.Module):
 
 
 class _EllipseHead(nn.Module):
-    """Moments of the map of `EllipseRegressionNet`."""
+    """`EllipseRegressionNet` after its score layer: the moments of the map."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Markdown page of released weights, in the format of model hubs."""
+"""The model card of released weights, as a Markdown page for model hubs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def markdown_card(
     """Returns the page as Markdown with YAML front matter.
 
     Args:
-        card: of the checkpoint.
+        card: card of the checkpoint.
         parameters: number of trainable parameters.
-        files: `onnx`, `weights` and `picture`, in the same folder as the page.
-        scores: on rendered frames; see `release.summary`.
-        remarks: more Markdown, such as scores on real eyes.
+        files: paths under the keys `onnx`, `weights` and `picture`, in the same folder as the page.
+        scores: scores on rendered frames, from `release.score_summary`.
+        remarks: additional Markdown, such as scores on real eyes.
     """
     entry = model_entry(card.model)
     output = OUTPUTS[entry.task]

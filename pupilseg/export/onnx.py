@@ -1,7 +1,7 @@
-"""Exports a network to ONNX: uint8 input, normalization inside, nothing unneeded in the file.
+"""Exports a network to a small ONNX file with uint8 input and built-in normalization.
 
-The exporter leaves a stack trace and its own names on every node, more than these networks' weights
-take: 495 KB for 25,785 parameters, where the same graph without them is 137 KB.
+Torch's exporter attaches a stack trace and its own names to every node. They take more space than
+the weights: 495 KB for 25,785 parameters, compared with 137 KB for the same graph without them.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 300_000
 OPSET = 18
-"""Oldest opset that has every operator needed; every ONNX Runtime since 1.14 (2023) reads it."""
+"""Oldest opset with all required operators; supported since ONNX Runtime 1.14 (2023)."""
 IR_VERSION = 8
-"""Version of the file format that came with the opset."""
+"""Version of the file format that was released with the opset."""
 PARITY_BATCHES = (1, 2, 7)
 PARITY_TOLERANCE = 1e-3
-"""Largest accepted difference from torch, relative to the largest output magnitude."""
+"""Maximum difference from torch, relative to the largest output magnitude."""
 
 
 class WithNormalization(nn.Module):
-    """A network that takes uint8 images; `geometry.NORMALIZED` becomes a part of the graph."""
+    """A network with the normalization of `geometry.NORMALIZED` added, which takes uint8 images."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,19 +56,19 @@ class WithNormalization(nn.Module):
 
 
 def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None) -> ExportReport:
-    """Writes a model file as ONNX, after comparing it with torch in ONNX Runtime.
+    """Exports a model file to ONNX, after comparing the output of ONNX Runtime with torch.
 
     Args:
         model_file: written by `pupilseg.model_files.checkpoint.save_model`.
-        out: the `*.onnx` to write; it appears only if size and parity are within bounds.
+        out: path of the `*.onnx` file, written only if its size and parity are within limits.
         calibrate_on: shards of the validation split, on which the confidence is calibrated; None
             keeps the raw score.
 
     Raises:
         CheckpointError: the model file is damaged or not written by pupilseg, or parity fails.
         DataError: the shards are missing or damaged.
-        UsageError: the package onnx or onnxscript is not installed, the file is too large, or the
-            shards' images have another preprocessing than the model's.
+        UsageError: the package onnx or onnxscript is not installed, the file would be too large,
+            or the preprocessing of the shards differs from that of the model.
         OutputError: `out` cannot be written.
     """
     model, card = load_model_and_card(model_file)
@@ -78,7 +78,7 @@ def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None
         from pupilseg.evaluate.confidence import calibrate, check_preprocessing
         from pupilseg.shards import open_shards
 
-        with open_shards(calibrate_on) as shards:  # before tracing, which takes seconds
+        with open_shards(calibrate_on) as shards:  # before the export, which takes seconds
             check_preprocessing(shards, info.preprocessing, str(model_file))
     proto = to_onnx(model, OUTPUTS[info.task].name)
     encoded = _with_metadata(proto, info.to_metadata())
@@ -87,8 +87,8 @@ def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None
         encoded = _with_metadata(proto, {"calibration": calibration.to_json()})
     if len(encoded) >= MAX_BYTES:
         raise UsageError(
-            f"{out} would take {len(encoded):,} bytes, the limit is {MAX_BYTES:,}; train a network "
-            "with smaller embed_dim"
+            f"{out} would take {len(encoded):,} bytes, but the limit is {MAX_BYTES:,}; train a "
+            "network with smaller embed_dim"
         )
     parity = check_parity(encoded, model, str(model_file))
     with atomic_path(out) as temporary:
@@ -97,20 +97,20 @@ def export_onnx(model_file: Path, out: Path, *, calibrate_on: Path | None = None
 
 
 def onnx_info(card: ModelCard, parameters: int, name: str) -> ModelInfo:
-    """Returns the metadata of the ONNX form of a checkpoint.
+    """Returns the metadata of a checkpoint's ONNX file.
 
     Args:
-        card: of the checkpoint.
+        card: card of the checkpoint.
         parameters: number of trainable parameters.
-        name: of the checkpoint, for messages.
+        name: name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the card lacks something that an ONNX file must record.
+        CheckpointError: the card lacks an entry that an ONNX file must record.
     """
     if card.preprocessing is None or card.data is None or card.license is None:
         missing = [key for key in ("preprocessing", "data", "license") if not getattr(card, key)]
         raise CheckpointError(
-            f"{name} does not record its {', '.join(missing)}, which an ONNX file must state; give "
+            f"{name} does not record its {', '.join(missing)}, which an ONNX file must state; pass "
             "a file that `python -m pipeline.train` wrote"
         )
     return ModelInfo(
@@ -126,7 +126,7 @@ def onnx_info(card: ModelCard, parameters: int, name: str) -> ModelInfo:
 
 
 def _with_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes:
-    """Adds entries to a graph's metadata; returns the file."""
+    """Adds metadata to a graph and returns the encoded file."""
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     encoded: bytes = proto.SerializeToString(deterministic=True)
@@ -134,19 +134,19 @@ def _with_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> bytes
 
 
 def to_onnx(model: nn.Module, output_name: str, *, fuse: bool = True) -> onnx.ModelProto:
-    """Traces a network in evaluation mode into a checked and stripped ONNX graph.
+    """Exports a network in evaluation mode to an ONNX graph, which is stripped and checked.
 
     Args:
-        model: maps float images to its output.
-        output_name: of the graph's output.
-        fuse: export the fused form of networks that have one; False is for comparison.
+        model: a network that takes normalized float images.
+        output_name: name of the graph's output.
+        fuse: export the fused form if the network has one; False is for comparisons.
 
     Raises:
         UsageError: the package onnx or onnxscript is not installed.
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401  # torch's exporter needs it, with a less clear message
+        import onnxscript  # noqa: F401  # torch's exporter needs it, but its own error is less clear
     except ImportError as error:
         raise UsageError(
             f"exporting needs the package {error.name}; run `pip install 'pupilseg[export]'`"
@@ -186,7 +186,7 @@ def to_onnx(model: nn.Module, output_name: str, *, fuse: bool = True) -> onnx.Mo
 
 
 def strip(proto: onnx.ModelProto) -> None:
-    """Removes everything that no runtime reads (traces, docs, shapes), and shortens names."""
+    """Removes everything that runtimes do not read (traces, docs, shapes), and shortens names."""
     graph = proto.graph
     proto.doc_string = graph.doc_string = ""
     proto.producer_name, proto.producer_version = "pupilseg", __version__
@@ -211,7 +211,7 @@ def strip(proto: onnx.ModelProto) -> None:
 
 
 def name_batch_dimension(proto: onnx.ModelProto) -> None:
-    """Records that the first dimension of upsampled and reshaped images is the batch.
+    """Marks the first dimension of upsampled and reshaped images as the batch dimension.
 
     ONNX's shape inference loses the name of the batch dimension in `Resize` and `Reshape`. ONNX
     Runtime then cannot prove that two tensors have the same shape, and does not merge additions and
@@ -240,16 +240,16 @@ def check_parity(encoded: bytes, model: nn.Module, name: str) -> float:
     """Compares an ONNX file with torch on batches of 1, 2 and 7 random frames.
 
     Returns:
-        The largest absolute difference over the largest output magnitude.
+        The largest absolute difference divided by the largest output magnitude.
 
     Raises:
-        CheckpointError: it exceeds `PARITY_TOLERANCE`.
+        CheckpointError: the difference exceeds `PARITY_TOLERANCE`.
     """
     session = onnx_session(encoded, threads=1)
     random = np.random.default_rng(0)
     worst = 0.0
     for frames in PARITY_BATCHES:
-        # Flat patches instead of white noise, so that activations have the range of real frames.
+        # Flat patches, unlike white noise, give activations in the range of real frames.
         coarse = random.integers(0, 256, (frames, 1, HEIGHT // 40, WIDTH // 40), dtype=np.uint8)
         image = coarse.repeat(40, axis=2).repeat(40, axis=3)
         expected = model(torch.from_numpy(NORMALIZED[image])).numpy()

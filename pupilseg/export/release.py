@@ -1,7 +1,8 @@
-"""Releases trained weights: ONNX, safetensors, a Markdown page, and scores that tests recompute.
+"""Releases trained weights: ONNX, safetensors, a model card, and scores that a test recomputes.
 
-Only weights trained on rendered eyes alone are released; others are bound by the license of their
-data. Scores are measured on a series of rendered eyes that no network is trained on.
+Only weights trained exclusively on rendered eyes are released, because other weights are bound by
+the license of their data. Scores are measured on a series of rendered eyes that is never used for
+training.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
 SERIES = 2026
 """Seed of the rendered eyes that released weights are scored on."""
 FRAMES = 1000
-"""Frames scored for the page: means of 200 differ by 0.016 of IoU between series, because a few
-hard eyes decide."""
+"""Number of frames scored for the model card. With 200 frames, the mean IoU differs by 0.016
+between series because of a few hard eyes."""
 FEW_FRAMES = 24
-"""The first of them, which a test scores again within seconds."""
+"""Number of the first frames of `SERIES` that a test scores again, within seconds."""
 RECORD = "released.json"
-"""Per network: digest of each file, and the scores of the first `FEW_FRAMES` frames."""
+"""File with, for each network, the digests of its files and its scores on `FEW_FRAMES` frames."""
 WORST_FRAMES = 6
 TILE_PX = (480, 300)
-"""Width and height of each of the worst frames on the page."""
+"""Width and height of each frame in the picture of the worst frames."""
 
 
 Found = tuple["NDArray[np.uint8]", "NDArray[np.bool_]", "NDArray[np.bool_]"]
@@ -67,9 +68,9 @@ def score_summary(scores: FrameScores) -> dict[str, float]:
     """Summarizes the scores of frames.
 
     Returns:
-        frames: their number. pupil_iou and pupil_iou_p5: mean and 5th percentile over all frames; a
-        closed eye counts 1 if nothing is found, else 0. found: share of the open eyes. center_px:
-        mean center error over those found, NaN if there are none.
+        frames: number of frames. pupil_iou and pupil_iou_p5: mean and 5th percentile over all
+        frames, where a closed eye counts as 1 if nothing is found, else 0. found: fraction of the
+        open eyes in which a pupil was found. center_px: mean center error of these, or NaN.
     """
     summary = summarize(scores)
     return {
@@ -85,22 +86,22 @@ def release(model_file: Path, shards: Path, out: Path, remarks: str = "") -> dic
     """Writes NAME.onnx, NAME.safetensors, NAME.md and NAME_worst.jpg, and records their digests.
 
     Args:
-        model_file: a model file (*.pt).
-        shards: of rendered validation frames, on which the confidence is calibrated.
+        model_file: a checkpoint (*.pt).
+        shards: shards of rendered validation frames, on which the confidence is calibrated.
         out: usually `pupilseg.weights.WEIGHTS_DIR`.
-        remarks: Markdown for the page, such as scores on real eyes.
+        remarks: Markdown for the model card, such as scores on real eyes.
 
     Returns:
         The network's entry in `RECORD`.
 
     Raises:
-        UsageError: the weights were trained on other data than rendered eyes.
-        PupilSegError: as `export_onnx`.
+        UsageError: the weights were trained on data other than rendered eyes.
+        PupilSegError: the errors of `export_onnx`.
     """
     card = read_card(model_file)
     if card.license != RENDERED_LICENSE:
         raise UsageError(
-            f"the license of {model_file} is {card.license!r}, and only weights trained on "
+            f"the license of {model_file} is {card.license!r}, but only weights trained on "
             "rendered eyes alone may be released; train them with: dvc repro pretrained/dvc.yaml"
         )
     name = card.model
@@ -127,7 +128,7 @@ def release(model_file: Path, shards: Path, out: Path, remarks: str = "") -> dic
 
 
 def _worst(onnx: Path, scores: FrameScores) -> NDArray[np.uint8]:
-    """Draws the frames with the lowest IoU in one picture: label green, prediction red."""
+    """Draws the frames with the lowest IoU in one image, label in green and prediction in red."""
     tiles = []
     worst = [int(index) for index in np.argsort(scores.pupil_iou, kind="stable")[:WORST_FRAMES]]
     for index, found in zip(worst, predict_rendered(onnx, worst), strict=True):

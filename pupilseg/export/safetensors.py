@@ -1,4 +1,4 @@
-"""Exports a checkpoint as safetensors: the same weights and card, in a file without code."""
+"""Exports a checkpoint as safetensors: the same weights and card in a file without code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def export_safetensors(
 ) -> ExportReport:
     """Writes a model file as safetensors; see `pupilseg.export.export_model`."""
     if calibrate_on is not None:
-        raise UsageError(
-            f"{out} cannot store a calibration; leave out --calibrate or export *.onnx"
-        )
+        raise UsageError(f"{out} cannot store a calibration; omit --calibrate or export *.onnx")
     model, card = load_model_and_card(model_file)
     write_safetensors(out, plain_state_dict(model), card)
     return ExportReport(out.stat().st_size, sum(p.numel() for p in model.parameters()), parity=0.0)

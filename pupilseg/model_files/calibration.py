@@ -1,9 +1,10 @@
 """Platt scaling: maps a raw score to the probability that a pupil's center is within 5 px.
 
 `p = c * sigmoid(slope * logit(raw) + intercept)` is fitted on n validation frames in which a pupil
-was found (Platt, "Probabilistic outputs for support vector machines", 1999). The bound
-c = (n + 1) / (n + 2) is the most that n good frames are evidence for. With two parameters, the map
-cannot overfit a few hundred frames as isotonic regression could, and it keeps the order of scores.
+was found (Platt, "Probabilistic outputs for support vector machines", 1999). The factor
+c = (n + 1) / (n + 2) limits the probability to what n successes can support (Laplace's rule of
+succession). Unlike isotonic regression, a map with two parameters does not overfit a few hundred
+frames, and it preserves the order of the scores.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 GOOD_PX = 5.0
-"""Largest center error in px that counts as a success, as usual in the field."""
+"""Largest center error in px that counts as a success, the usual value in the literature."""
 MIN_SLOPE = 0.05
-"""Lower bound of the slope, so that the order is kept even if the score is uninformative."""
+"""Lower bound of the slope, which keeps the map increasing even if the score is uninformative."""
 BINS = 10
-"""Groups of a reliability diagram, with equally many frames."""
+"""Number of groups in a reliability diagram, each with the same number of frames."""
 _CLIP = 1e-3
 """Minimum distance of raw scores from 0 and 1, where the logit is infinite."""
 _STEPS = 60
@@ -31,13 +32,13 @@ _STEPS = 60
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A fitted map from raw score to probability.
+    """A fitted map from a raw score to a probability.
 
     Attributes:
         slope: factor of the logit, positive.
-        intercept: added to the scaled logit.
-        frames: number of frames it was fitted on.
-        data: their source.
+        intercept: offset of the scaled logit.
+        frames: number of frames that it was fitted on.
+        data: source of these frames.
     """
 
     slope: float
@@ -46,7 +47,7 @@ class Calibration:
     data: str
 
     def __call__(self, raw: float) -> float:
-        """Returns the probability of a raw score in [0, 1]."""
+        """Returns the probability for a raw score in [0, 1]."""
         upper_bound = (self.frames + 1) / (self.frames + 2)
         return upper_bound / (1 + math.exp(-float(self.slope * _logit(raw) + self.intercept)))
 
@@ -59,7 +60,7 @@ class Calibration:
         """Parses the output of `to_json`.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is not a valid calibration.
         """
         stored = json.loads(text)
         try:
@@ -88,12 +89,12 @@ def fit_calibration(
     """Fits the map by maximum likelihood.
 
     Two pseudo-observations, a failure at a raw score of 0.5 and a success at 0.95, keep the map
-    finite and increasing if all frames are good or all are bad; among hundreds of frames, their
-    weight is negligible.
+    finite and increasing if all frames are good or all are bad. Their weight is negligible among
+    hundreds of frames.
 
     Args:
         raw: float64 (n,), scores of the frames in which a pupil was found; n may be 0.
-        good: bool (n,), the center was within `GOOD_PX`.
+        good: bool (n,), True if the center was within `GOOD_PX`.
         data: source of the frames.
     """
     x = np.append(_logit(raw), _logit([0.5, 0.95]))
@@ -116,7 +117,7 @@ def fit_calibration(
 
 
 def _intercept(logits: NDArray[np.float64], wanted: float) -> float:
-    """Returns, by bisection, the shift of logits with a given sum of probabilities."""
+    """Finds by bisection the offset of logits for which their probabilities have a given sum."""
     low, high = -30.0, 30.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -128,12 +129,12 @@ def _intercept(logits: NDArray[np.float64], wanted: float) -> float:
 
 
 class Reliability(NamedTuple):
-    """Reliability diagram: predicted and actual share of good frames in groups of frames.
+    """Reliability diagram: confidence and actual fraction of good frames, per group of frames.
 
     Attributes:
         confidence: float64 (k,), mean confidence of each group.
-        share_good: float64 (k,), share with a center error up to `GOOD_PX`.
-        frames: int64 (k,), number of frames.
+        share_good: float64 (k,), fraction with a center error of at most `GOOD_PX`.
+        frames: int64 (k,), number of frames in each group.
     """
 
     confidence: NDArray[np.float64]
@@ -152,11 +153,11 @@ class Reliability(NamedTuple):
 def reliability(
     confidence: NDArray[np.float64], good: NDArray[np.bool_], bins: int = BINS
 ) -> Reliability:
-    """Groups frames by confidence, equally many in each group.
+    """Groups frames by confidence, with the same number of frames in each group.
 
     Args:
         confidence: float64 (n,).
-        good: bool (n,), the center was within `GOOD_PX`.
+        good: bool (n,), True if the center was within `GOOD_PX`.
         bins: maximum number of groups.
     """
     order = np.argsort(confidence, kind="stable")
@@ -169,7 +170,7 @@ def reliability(
 
 
 def cross_fitted(raw: NDArray[np.float64], good: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Returns each frame's confidence from a map fitted on the other half of the frames."""
+    """Returns the confidence of each frame from a map fitted on the other half of the frames."""
     even = np.arange(len(raw)) % 2 == 0
     found = np.empty(len(raw))
     for half in (even, ~even):

@@ -1,4 +1,4 @@
-"""What a model file records about its weights: the network, its training data and its scores."""
+"""Model cards: the network, training data and scores that a model file records."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ RENDERED_LICENSE = "MIT; trained on rendered eyes only"
 DATA_LICENSE = "bound by the license of its training data; OpenEDS is for research only"
 _OLD_KEYS = {"licence": "license"}
 _OLD_ARGUMENTS = {"embed_dims": "embed_dim", "depths": "depth"}
-"""Names in files of earlier versions -> today's, of keys and of architecture arguments."""
+"""Keys and architecture arguments in files of earlier versions -> current names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where weights come from; None where a file does not say.
+    """Origin of weights. A value is None if the file does not record it.
 
     Attributes:
         data: source of the training data, such as `synthetic:7200@100`.
         split_rule: how the source was split into train and validation.
         data_digest: sha256 over the digests of the training shards.
-        train_frames: frames trained on.
+        train_frames: number of training frames.
         preprocessing: name in `preprocess.PREPROCESSINGS`, applied before the network.
-        license: of the weights.
+        license: license of the weights.
         init: file name and sha256 of the weights that training started from.
-        init_data: what those weights had been trained on.
+        init_data: training data of those weights.
     """
 
     data: str | None = None
@@ -45,23 +45,23 @@ class Provenance:
     init_data: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the recorded values, JSON-able."""
+        """Returns the recorded values as JSON types."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @property
     def all_data(self) -> str:
-        """Everything that the weights were trained on, in order."""
+        """All training data of the weights, in order."""
         data = self.data or "data that its file does not name"
         return f"{self.init_data}, then {data}" if self.init_data else data
 
     def starting_from(self, file: Path, before: ModelCard) -> Self:
         """Returns this provenance for a run that starts from trained weights.
 
-        Weights that were once trained on data with a restrictive license keep the restriction.
+        A restrictive license of the initial weights also applies to the result.
 
         Args:
-            file: the model file of those weights.
-            before: its card.
+            file: model file of the initial weights.
+            before: card in that file.
         """
         free = before.license == self.license == RENDERED_LICENSE
         return replace(
@@ -77,15 +77,15 @@ UNKNOWN = Provenance()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard(Provenance):
-    """Description stored in a model file, sufficient to rebuild the network.
+    """Description in a model file that is sufficient to rebuild the network.
 
     Attributes:
         model: name in `pupilseg.models`.
         architecture: overrides of the network's keyword arguments.
-        epoch: that the weights are from, counted from 1.
+        epoch: epoch of the weights, counted from 1.
         metrics: validation scores of that epoch.
-        config: training configuration, as `train.TrainConfig` holds it.
-        extra: keys that this version does not know; written back unchanged.
+        config: fields of the `train.TrainConfig`.
+        extra: entries that this version does not know; they are written back unchanged.
     """
 
     model: str
@@ -96,7 +96,7 @@ class ModelCard(Provenance):
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what a file stores, JSON-able."""
+        """Returns the description as JSON types."""
         stored = {key: value for key, value in asdict(self).items() if value not in (None, {})}
         extra = stored.pop("extra", {})
         first = {"format": FORMAT_VERSION, "model": self.model, "architecture": {}}
@@ -104,11 +104,11 @@ class ModelCard(Provenance):
 
     @classmethod
     def from_dict(cls, stored: object, name: str) -> Self:
-        """Reads a description as `to_dict` wrote it, or an earlier version.
+        """Reads a description written by `to_dict`, in this or an earlier version.
 
         Args:
-            stored: parsed JSON, from a file that anybody may have written.
-            name: of the file, for messages.
+            stored: parsed JSON from an untrusted file.
+            name: name of the file, for messages.
 
         Raises:
             CheckpointError: `stored` is not a description, a value has the wrong type, or the
@@ -121,7 +121,7 @@ class ModelCard(Provenance):
             )
         if stored.get("format") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{name} has format {stored.get('format')!r}, this version of pupilseg reads "
+                f"{name} has format {stored.get('format')!r}, but this version of pupilseg reads "
                 f"{FORMAT_VERSION}; upgrade pupilseg"
             )
         given: dict[str, Any] = stored
@@ -131,14 +131,14 @@ class ModelCard(Provenance):
         for key, value in known.items():
             if not isinstance(value, _TYPES[key]) and (value is not None or key == "model"):
                 raise CheckpointError(
-                    f"{name} records {key} = {value!r}, expected {_TYPES[key].__name__}; give a "
+                    f"{name} records {key} = {value!r}, expected {_TYPES[key].__name__}; pass a "
                     "file written by pupilseg"
                 )
         known = {key: value for key, value in known.items() if value is not None}
         wrong = [v for v in known.get("metrics", {}).values() if not isinstance(v, int | float)]
         if wrong:
             raise CheckpointError(
-                f"{name} records {wrong[0]!r} as a metric, expected a number; give a file written "
+                f"{name} records {wrong[0]!r} as a metric, expected a number; pass a file written "
                 "by pupilseg"
             )
         known["architecture"] = _architecture(known.get("architecture", {}))
@@ -154,11 +154,11 @@ _TYPES: dict[str, type] = {
     "train_frames": int,
     **{item.name: str for item in fields(Provenance) if item.name != "train_frames"},
 }
-"""Type of each key of a stored description."""
+"""Type of each entry of a stored description."""
 
 
 def _architecture(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a network's arguments under today's names; JSON's lists become tuples again."""
+    """Returns architecture arguments under their current names, with lists as tuples."""
     return {
         _OLD_ARGUMENTS.get(key, key): tuple(value) if isinstance(value, list) else value
         for key, value in stored.items()

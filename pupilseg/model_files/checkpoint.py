@@ -1,8 +1,8 @@
 """Checkpoints and training states: written atomically, loaded with `weights_only=True`.
 
 A checkpoint is a plain `state_dict` as `torch.save` writes it: `torch.load(f, weights_only=True)`
-opens it. The `ModelCard` needed to rebuild the network is one more member of the same zip archive,
-which torch skips, so that weights and card cannot be separated.
+opens it. The `ModelCard` needed to rebuild the network is an additional member of the same zip
+archive, which torch ignores, so that weights and card cannot be separated.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CARD_MEMBER = "archive/pupilseg.json"
-"""Name of the card inside the archive; "archive" is the root that torch.save uses."""
+"""Name of the card inside the archive; "archive" is the root folder that torch.save uses."""
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
-"""Zip's earliest date: the same weights give the same bytes whenever they are written."""
+"""Earliest date that zip supports. A fixed date makes the bytes reproducible."""
 _WIDE_MICRO: dict[str, Any] = {
     "embed_dim": (16, 16, 16),
     "ratios": (1, 1, 1),
@@ -50,7 +50,7 @@ _NOT_AN_ARCHIVE = (
     RuntimeError,
     ValueError,
 )
-"""What zipfile and json raise on damaged bytes (found by flipping bits)."""
+"""Errors that zipfile and json raise on damaged bytes (found by flipping bits)."""
 _NOT_A_STATE_DICT = (
     pickle.UnpicklingError,
     AttributeError,
@@ -60,13 +60,13 @@ _NOT_A_STATE_DICT = (
     TypeError,
     ValueError,
 )
-"""What torch.load raises on a pickle that is not a checkpoint (found by flipping bits)."""
+"""Errors that torch.load raises on other pickles (found by flipping bits)."""
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns detached, contiguous CPU copies of the weights, without the compiler's prefix."""
+    """Returns detached, contiguous CPU copies of the weights without torch.compile's prefix."""
     return {
-        # `contiguous()` would keep the strides of a 1x1 kernel in channels_last, and store them.
+        # `contiguous()` would keep the channels_last strides of 1x1 kernels, and store them.
         name.replace("_orig_mod.", ""): value.detach()
         .cpu()
         .clone(memory_format=torch.contiguous_format)
@@ -82,14 +82,14 @@ def save_model(
     Args:
         path: usually `*.pt`.
         weights: a plain `state_dict`.
-        card: stored beside the weights.
+        card: stored in the same file.
 
     Raises:
         ValueError: the card holds NaN or infinity, which JSON cannot represent.
         OutputError: the disk is full or read-only.
     """
     buffer = io.BytesIO()
-    # A fresh dict: an nn.Module's own carries a `_metadata` attribute that would be pickled.
+    # A new dict, because that of an nn.Module has a `_metadata` attribute that would be pickled.
     torch.save(dict(weights), buffer)
     text = json.dumps(card.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -99,10 +99,10 @@ def save_model(
 
 
 def _read_archive(path: Path) -> dict[str, Any] | None:
-    """Checks every byte of an archive against its checksums, which torch itself does not do.
+    """Checks all checksums of an archive, which torch itself does not do.
 
     Returns:
-        The stored card, not validated; None if there is none (a training state).
+        The stored card, not validated; None if the file has none (a training state).
 
     Raises:
         CheckpointError: the file is missing, unreadable, damaged, or not an archive.
@@ -152,10 +152,11 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
 
 
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Loads a file of tensors and plain values; never runs code that a pickle may contain.
+    """Loads a file of tensors and plain values; never runs code from a pickle.
 
     Raises:
-        CheckpointError: missing, damaged, or containing anything but tensors and plain values.
+        CheckpointError: the file is missing, damaged, or contains anything except tensors and
+            plain values.
     """
     path = Path(path)
     if path.suffix == SAFETENSORS:
@@ -164,14 +165,14 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_A_STATE_DICT as error:
-        # torch's own text advises loading without the restriction; it must not reach a user.
+        # torch's own message suggests disabling weights_only, so it must not be shown to users.
         raise CheckpointError(
-            f"{path} contains more than tensors and plain values, and was not loaded; give a file "
+            f"{path} contains more than tensors and plain values, and was not loaded; pass a file "
             "written by pupilseg"
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"{path} holds a {type(loaded).__name__}, expected named tensors; give a file written "
+            f"{path} holds a {type(loaded).__name__}, expected named tensors; pass a file written "
             "by pupilseg"
         )
     return loaded
@@ -183,7 +184,7 @@ def load_weights(
     """Loads weights into a network of the same architecture.
 
     Raises:
-        CheckpointError: names or shapes differ; the first difference is in the message.
+        CheckpointError: names or shapes differ. The message shows the first difference.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
@@ -193,9 +194,9 @@ def load_weights(
         )
         name = differ[0]
         raise CheckpointError(
-            f"{path} holds another network than {type(model).__name__}: {len(differ)} weights "
+            f"{path} does not hold the weights of {type(model).__name__}: {len(differ)} weights "
             f"differ, such as {name!r} with shape {found.get(name, 'missing')}, expected "
-            f"{expected.get(name, 'none of that name')}; give the file of that network"
+            f"{expected.get(name, 'none of that name')}; pass a file of that network"
         )
     model.load_state_dict(dict(weights))
 
@@ -203,12 +204,12 @@ def load_weights(
 def load_model(
     path: str | os.PathLike[str], device: str | torch.device = "cpu", *, pretrained: bool = False
 ) -> nn.Module:
-    """Rebuilds a trained network from its file alone, or from the released weights.
+    """Rebuilds a trained network from its file or from released weights.
 
     Args:
         path: a model file (*.pt, *.safetensors); with `pretrained`, the name of a network.
         device: device of the returned network.
-        pretrained: load the weights of that name that come with the package.
+        pretrained: load the released weights of that name.
 
     Returns:
         The network in evaluation mode on `device`; its `card` attribute holds the `ModelCard`.
@@ -225,10 +226,10 @@ def load_model(
 def load_model_and_card(
     path: str | os.PathLike[str], device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, ModelCard]:
-    """Returns what `load_model` does, and the card with its type.
+    """Returns the network as `load_model` does, and its card.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: the file is missing, damaged, or not written by pupilseg.
     """
     weights = load_tensors(path)
     card = _with_architecture(read_card(path), weights)
@@ -237,7 +238,7 @@ def load_model_and_card(
     except (UsageError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} describes a network that this version of pupilseg cannot build ({error}); "
-            "upgrade pupilseg or give another file"
+            "upgrade pupilseg or pass another file"
         ) from error
     load_weights(model, weights, path)
     model.card = card  # type: ignore[assignment]  # nn.Module types every attribute as a tensor
@@ -245,27 +246,27 @@ def load_model_and_card(
 
 
 def read_initial_card(path: Path, model: str) -> ModelCard:
-    """Returns the card of the weights that a training run is to start from.
+    """Returns the card of the initial weights of a training run.
 
     Args:
         path: value of `--init`, a model file.
         model: name of the network to be trained.
 
     Raises:
-        CheckpointError: missing, damaged, or not written by pupilseg.
+        CheckpointError: the file is missing, damaged, or not written by pupilseg.
         UsageError: the file holds another network.
     """
     card = read_card(path)
     if card.model != model:
         raise UsageError(
-            f"--init {path} holds the network {card.model!r}, but this run trains {model!r}; give "
-            "a file of that network, or leave out --init"
+            f"--init {path} holds the network {card.model!r}, but this run trains {model!r}; pass "
+            "a file of that network, or omit --init"
         )
     return _with_architecture(card, load_tensors(path))
 
 
 def _with_architecture(card: ModelCard, weights: Mapping[str, Any]) -> ModelCard:
-    """Returns a card with the architecture that files of earlier versions do not record."""
+    """Adds the architecture to a card of an earlier version, which does not record it."""
     if card.model == "efficientvit_tiny" and not card.architecture:
         stem = weights.get("encoder.stem.0.0.weight", ())
         if len(stem) == _WIDE_MICRO["stem_dim"]:

@@ -28,9 +28,9 @@ class Output(NamedTuple):
     """The output of a network.
 
     Attributes:
-        name: in the ONNX graph.
-        shape: for one frame.
-        meaning: for people.
+        name: name in the ONNX graph.
+        shape: shape for one frame.
+        meaning: description for help texts and model cards.
     """
 
     name: str
@@ -44,7 +44,7 @@ OUTPUTS = {
         "ellipse", (4,), "cx / 640, cy / 400, rx / R, ry / R, R = hypot(640, 400) / 2"
     ),
 }
-"""The output of each task."""
+"""Task -> output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +52,15 @@ class ModelInfo:
     """Metadata of an ONNX file.
 
     Attributes:
-        model: name in the registry.
+        model: name of the network in the registry.
         task: "segmentation" or "ellipse".
-        version: of pupilseg that wrote the file.
+        version: version of pupilseg that wrote the file.
         preprocessing: name in `preprocess.PREPROCESSINGS`, applied before the network.
-        data: what the network was trained on.
-        license: of the weights.
+        data: training data.
+        license: license of the weights.
         metrics: validation scores by name.
         parameters: number of trainable parameters; None if not recorded.
-        calibration: of the confidence; None if not calibrated.
+        calibration: calibration of the confidence; None if there is none.
     """
 
     model: str
@@ -74,7 +74,7 @@ class ModelInfo:
     calibration: Calibration | None = None
 
     def to_metadata(self) -> dict[str, str]:
-        """Returns the texts that an ONNX file stores, by key."""
+        """Returns the metadata as the text entries of an ONNX file."""
         optional = {}
         if self.parameters is not None:
             optional["parameters"] = str(self.parameters)
@@ -90,12 +90,12 @@ class ModelInfo:
 
     @classmethod
     def from_metadata(cls, stored: Mapping[str, str]) -> Self:
-        """Reads what `to_metadata` wrote.
+        """Reads metadata written by `to_metadata`.
 
         Raises:
-            ValueError: a value is missing, or this version cannot use it.
+            ValueError: an entry is missing, or is not supported by this version.
         """
-        # Files of earlier versions spell it "licence".
+        # Earlier versions wrote "licence".
         stored = {"license" if key == "licence" else key: text for key, text in stored.items()}
         missing = [key for key in _REQUIRED if key not in stored]
         if missing:
@@ -104,7 +104,7 @@ class ModelInfo:
             raise ValueError(f"task is {stored['task']!r}, expected one of: {', '.join(OUTPUTS)}")
         if stored["preprocessing"] not in PREPROCESSINGS:
             raise ValueError(
-                f"preprocessing is {stored['preprocessing']!r}, this version knows: "
+                f"preprocessing is {stored['preprocessing']!r}, but this version supports: "
                 f"{', '.join(PREPROCESSINGS)}; upgrade pupilseg"
             )
         calibration = stored.get("calibration")
@@ -145,7 +145,9 @@ def onnx_session(model: str | os.PathLike[str] | bytes, threads: int = 1) -> Any
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors are raised anyway, and users can ignore warnings
+    options.log_severity_level = (
+        3  # errors only; they are raised too, and its warnings are of no use to users
+    )
     try:
         return onnxruntime.InferenceSession(
             encoded, sess_options=options, providers=["CPUExecutionProvider"]
@@ -186,13 +188,13 @@ class OnnxNetwork:
 
     Args:
         model: a file written by `pipeline.export`, or its bytes.
-        threads: of ONNX Runtime.
+        threads: number of ONNX Runtime threads.
 
     Attributes:
-        info: the metadata.
+        info: metadata of the file.
 
     Raises:
-        CheckpointError: missing, damaged, or not written by pupilseg.
+        CheckpointError: the file is missing, damaged, or not written by pupilseg.
     """
 
     def __init__(self, model: str | os.PathLike[str] | bytes, threads: int = 1) -> None:
@@ -216,7 +218,7 @@ class OnnxNetwork:
             float32: logits (N, 2, 400, 640), or normalized ellipses (N, 4).
 
         Raises:
-            CheckpointError: the output has another shape.
+            CheckpointError: the output has an unexpected shape.
         """
         output: NDArray[np.float32]
         (output,) = self._session.run(None, {INPUT_NAME: images[:, None]})

@@ -36,14 +36,14 @@ def masks_from_output(output: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 class LoadedModel(NamedTuple):
-    """A network, ready to run.
+    """A network that is ready to run.
 
     Attributes:
-        name: in the registry.
-        preprocessing: that its images must have.
+        name: name of the network in the registry.
+        preprocessing: required preprocessing of the images.
         outputs: maps images, uint8 (N, 400, 640), to float32 logits (N, 2, 400, 640) or normalized
             ellipses (N, 4).
-        calibration: of the confidence, if the file has one.
+        calibration: calibration of the confidence; None if the file has none.
     """
 
     name: str
@@ -61,11 +61,11 @@ def open_model(model: Path, device: str | None = None) -> LoadedModel:
 
     Args:
         model: *.pt, *.safetensors (need torch) or *.onnx (needs onnxruntime).
-        device: for torch, see `runtime.device.find_device`; ONNX files run on the CPU.
+        device: device for torch (see `runtime.device.find_device`); ONNX files run on the CPU.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not written by pupilseg.
-        UsageError: unknown suffix, unavailable device, or a package that is not installed.
+        UsageError: the suffix is unknown, the device is unavailable, or a package is missing.
     """
     if model.suffix in TORCH_SUFFIXES:
         return _open_checkpoint(model, device)
@@ -74,7 +74,7 @@ def open_model(model: Path, device: str | None = None) -> LoadedModel:
             f"{model} has the suffix {model.suffix!r}, expected .pt, {SAFETENSORS} or .onnx"
         )
     if device not in (None, "cpu"):
-        raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}; leave out --device")
+        raise UsageError(f"an ONNX file runs on the CPU, not on {device!r}; omit --device")
     network = OnnxNetwork(model)
     info = network.info
     return LoadedModel(info.model, info.preprocessing, network, info.calibration)

@@ -1,6 +1,6 @@
 """Weights in the safetensors format, with the model card in the file's metadata.
 
-Released weights have this form: such a file contains no code, and other programs read it. This is
+Released weights use this format because it contains no code and other programs can read it. This is
 the only module that imports safetensors.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CARD_KEY = "pupilseg"
-"""Key of the card, as JSON, in the file's metadata."""
+"""Metadata key under which the card is stored as JSON."""
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Tensor], card: ModelCard) -> None:
@@ -52,7 +52,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         card = json.loads(metadata[_CARD_KEY])
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; give a *{SAFETENSORS} file") from error
+        raise CheckpointError(f"{path} does not exist; pass a *{SAFETENSORS} file") from error
     except (OSError, package.SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged or was not written by pupilseg ({error}); copy it again"

@@ -1,4 +1,4 @@
-"""The released weights, found by name inside the package."""
+"""Finds the released weights in the package by name."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _FILE_STEMS = {
     entry.nickname or entry.name: entry.name for entry in MODELS.values() if entry.released
 }
 DEFAULT = "micro"
-"""Weights that predict by default: the fastest network."""
+"""Weights that `pupilseg predict` uses by default."""
 NAMES = tuple(sorted(_FILE_STEMS, key=lambda name: name != DEFAULT))
-"""Values that `--model` accepts besides a file, the default first."""
+"""Names that `--model` accepts besides a file, with the default first."""
 PRETRAINED = "pretrained"
 """Value of `--init`: the released weights of the network to be trained."""
 SAFETENSORS = ".safetensors"
-"""Suffix of released weights for torch."""
+"""Suffix of the released weights for torch."""
 TORCH_SUFFIXES = (".pt", SAFETENSORS)
-"""Suffixes of files with weights for torch."""
+"""Suffixes of the files that torch can load."""
 WEIGHTS_DIR = Path(__file__).parent
 
 
 def weights_path(name: str, suffix: str = ".onnx") -> Path:
-    """Returns the file of released weights.
+    """Returns the path of released weights.
 
     Args:
         name: one of `NAMES`, or a network's full name.
@@ -47,7 +47,9 @@ def weights_path(name: str, suffix: str = ".onnx") -> Path:
     """
     stem = _FILE_STEMS.get(name, name)
     if stem not in _FILE_STEMS.values():
-        raise UsageError(f"there are no weights named {name!r}; choose one of: {', '.join(NAMES)}")
+        raise UsageError(
+            f"no released weights are named {name!r}; choose one of: {', '.join(NAMES)}"
+        )
     path = WEIGHTS_DIR / f"{stem}{suffix}"
     if not path.is_file():
         hint = (
@@ -61,20 +63,22 @@ def weights_path(name: str, suffix: str = ".onnx") -> Path:
 
 
 def initial_path(model: str, init: str | Path) -> Path:
-    """Returns the file that `--init` refers to; it need not exist.
+    """Returns the path that `--init` refers to; the file need not exist.
 
     Args:
         model: name of the network to be trained.
-        init: a file, or `PRETRAINED`.
+        init: path of a model file, or `PRETRAINED`.
 
     Raises:
-        UsageError: released weights are requested, and this build has none for the network.
+        UsageError: released weights are requested, but this build has none for the network.
     """
     return weights_path(model, SAFETENSORS) if str(init) == PRETRAINED else Path(init)
 
 
 def model_path(text: str) -> Path:
-    """Returns the file that a name of released weights or a path refers to; it need not exist.
+    """Returns the path that a name of released weights or a path refers to.
+
+    The file need not exist.
 
     Raises:
         UsageError: the named weights are missing from this build, or `text` is neither a file nor

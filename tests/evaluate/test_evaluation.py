@@ -1,4 +1,4 @@
-"""Evaluation: scores match the masks, torch and ONNX agree, and every file is written."""
+"""Evaluation: scores match the masks, torch and ONNX agree, and all files are written."""
 
 import base64
 import csv
@@ -47,7 +47,7 @@ BLINKS = (2, 5)
 
 @dataclass
 class DarkPupils(FakeDataset):
-    """Dark pupils (about 20 on 120); every third frame also has a dark corner that is no pupil.
+    """Dark pupils (about 20 on 120); every third frame also has a dark corner that is not a pupil.
 
     Attributes:
         only_blinks: no frame has a pupil.
@@ -63,7 +63,7 @@ class DarkPupils(FakeDataset):
         dark = label != 0
         if index % 3 == 0 or index == BLINKS[1]:
             dark[: 10 + index, : 30 + index] = True
-        # With noise: on a uniform background all margins are equal, and rounding would decide.
+        # Noise, because on a uniform background all margins are equal and rounding would decide.
         noise = rng.integers(-20, 21, label.shape)
         image = (np.where(dark, 20, 120) + noise).astype(np.uint8)
         return Sample(f"<{split}>/{index}", image, label)
@@ -88,7 +88,7 @@ def threshold(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(shards, threshold, tmp_path_factory):
-    """One evaluation for several tests: output directory and returned metrics."""
+    """The output directory and metrics of one evaluation, shared by several tests."""
     out = tmp_path_factory.mktemp("report")
     history = out / "history.csv"
     history.write_text("epoch,train_loss,valid_loss,valid_center_px\n1,2.5,2.0,\n2,1.5,1.0,3.5\n")
@@ -101,7 +101,7 @@ def read_rows(path):
 
 
 def test_scores_are_those_of_training():
-    """They equal those of `train.metrics`, which torch computes batch by batch."""
+    """They equal the scores that `train.metrics` computes with torch, batch by batch."""
     rng = np.random.default_rng(5)
     labels = np.stack([random_label(rng, blink_share=0.3) for _ in range(12)])
     masks = np.stack([random_label(rng, blink_share=0.3) for _ in range(12)])
@@ -193,11 +193,11 @@ def test_rows_and_metrics_describe_the_raw_mask(done):
 
 
 def test_confidence_equals_that_of_predictor(done, shards, threshold, tmp_path):
-    """With the file's calibration, or else one fitted on the other half of the frames."""
+    """It uses the calibration in the file, or one fitted on the other half of the frames."""
     out, metrics = done
     assert metrics["calibrated_on"] == ""
     assert 0 <= metrics["calibration_error"] < 0.3
-    assert "each half by the other half" in (out / "report.html").read_text()
+    assert "each half with a fit on the other half" in (out / "report.html").read_text()
     calibration = Calibration(2.0, 1.0, 40, "<there>")
     model = threshold_onnx(tmp_path / "c.onnx", calibration=calibration.to_json())
     metrics = evaluate_model(model, shards, tmp_path / "out")
@@ -236,7 +236,7 @@ def test_calibration_is_stored_at_export(both_forms, shards, threshold, tmp_path
         plain_state_dict(create_model("efficientvit_tiny")),
         replace(CARD, preprocessing="gamma0.8+clahe1.5"),
     )
-    with pytest.raises(UsageError, match="give shards that"):
+    with pytest.raises(UsageError, match="pass shards that"):
         export_onnx(tmp_path / "g.pt", tmp_path / "d.onnx", calibrate_on=shards)
     with pytest.raises(DataError, match="has no manifest"):
         export_onnx(both_forms / "m.pt", tmp_path / "d.onnx", calibrate_on=tmp_path)
@@ -304,7 +304,7 @@ def test_examples_are_distinct_and_in_order(frames):
 
 @pytest.fixture(scope="module")
 def both_forms(tmp_path_factory, shards):
-    """An untrained network as .pt and .onnx, biased to predict half of a frame as pupil."""
+    """An untrained network as .pt and .onnx, biased to predict half of each frame as pupil."""
     directory = tmp_path_factory.mktemp("forms")
     torch.manual_seed(3)
     model = create_model("efficientvit_tiny").eval()
@@ -381,7 +381,7 @@ def test_invalid_requests(shards, threshold, tmp_path):
             r"suffix '.bin', expected .pt, .safetensors or .onnx",
         ),
         ({"model": tmp_path / "m.pt"}, CheckpointError, "m.pt"),
-        ({"device": "cuda:9"}, UsageError, "leave out --device"),
+        ({"device": "cuda:9"}, UsageError, "omit --device"),
         ({"batch_size": 0}, UsageError, "batch size is 0"),
         ({"shards_dir": tmp_path}, DataError, "has no manifest.json"),
         ({"history": tmp_path / "h.csv"}, DataError, r"the history .*h\.csv does not exist"),

@@ -1,4 +1,4 @@
-"""The fused form computes what the network computes, in the layout that the runtime likes."""
+"""The fused form has the same output as the network, and keeps ONNX Runtime's blocked layout."""
 
 from collections import Counter
 
@@ -10,11 +10,11 @@ from pupilseg.export.fused import BLOCK, FusedNetwork, is_fusible
 from pupilseg.export.onnx import IR_VERSION, to_onnx
 
 TOLERANCE = 5e-6
-"""Rounding of float32: up to 3.4e-6 of the largest output was measured with released weights."""
+"""Float32 rounding; up to 3.4e-6 of the largest output was measured with the released weights."""
 
 
 def trained(name, **overrides):
-    """Returns a network in evaluation mode whose norms and biases are not at their defaults."""
+    """Returns a network in evaluation mode with non-default batch norms and biases."""
     torch.manual_seed(0)
     model = create_model(name, **overrides)
     for part in model.modules():
@@ -30,7 +30,7 @@ def trained(name, **overrides):
 
 
 def images(frames=2):
-    """Returns gray patches, uint8; white noise would average out."""
+    """Returns images of gray patches, uint8, because white noise would average out."""
     random = torch.Generator().manual_seed(1)
     coarse = torch.randint(0, 256, (frames, 1, 10, 16), generator=random, dtype=torch.uint8)
     return coarse.repeat_interleave(40, 2).repeat_interleave(40, 3)
@@ -54,7 +54,7 @@ def test_the_fused_network_gives_the_same_ellipse():
 
 @torch.no_grad()
 def test_every_pixel_of_the_border_is_the_same():
-    """The stem's pairs of columns and the folded scale change the padding's arithmetic."""
+    """Column pairs and the folded scale in the stem change how borders are padded."""
     model = trained("efficientvit")
     frames = torch.full((1, 1, 400, 640), 255, dtype=torch.uint8)
     expected = model(torch.ones(1, 1, 400, 640))
@@ -79,7 +79,7 @@ def test_a_wide_stem_is_not_paired():
 
 
 def test_no_convolution_leaves_the_blocked_layout():
-    """Input counts below a block, or above it and no multiple of 4, are copied between layouts."""
+    """Channel counts below 16, or not a multiple of 4 above it, are copied between layouts."""
     fused = FusedNetwork(trained("efficientvit_tiny"))
     for name, part in fused.named_modules():
         kernel = getattr(part, "kernel", None)
@@ -90,7 +90,7 @@ def test_no_convolution_leaves_the_blocked_layout():
 
 
 def test_additions_and_relus_are_merged_into_convolutions(tmp_path):
-    """Fails where the runtime cannot prove that a sum's two inputs have the same batch size."""
+    """Fails if ONNX Runtime cannot prove that both inputs of a sum have the same batch size."""
     ort = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     proto = to_onnx(trained("efficientvit"), "logits")

@@ -1,4 +1,4 @@
-"""Releasing weights; and that the released weights have the recorded digests and scores."""
+"""Releasing weights, and the recorded digests and scores of the released weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAINING = {
     "config": {"epochs": 3, "batch_size": 4, "seed": 5},
     "metrics": {"valid_pupil_iou": 0.25, "valid_center_px": 7.5},
 }
-"""Card entries that the Markdown page shows."""
+"""Card entries that the Markdown model card shows."""
 
 
 def test_released_files_can_be_loaded_and_scored_again(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Confidence calibration: an increasing map that holds for frames it was not fitted on."""
+"""Confidence calibration: an increasing map that generalizes to other frames."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from pupilseg.model_files.calibration import Calibration, cross_fitted, fit_cali
 
 
 def frames(seed, count=4000):
-    """Raw scores and outcomes with P(good) = sigmoid(3 logit(raw) - 2)."""
+    """Returns raw scores and outcomes with P(good) = sigmoid(3 logit(raw) - 2)."""
     rng = np.random.default_rng(seed)
     raw = rng.beta(6, 1.2, count)
     chance = 1 / (1 + np.exp(-(3 * np.log(raw / (1 - raw)) - 2)))
@@ -73,5 +73,5 @@ def test_reliability_groups_frames_by_confidence():
 
 @pytest.mark.parametrize("text", ["", "3", "{}", '{"slope": "x"}', "null"])
 def test_other_texts_are_refused(text):
-    with pytest.raises(ValueError):  # noqa: PT011 - some messages are those of json
+    with pytest.raises(ValueError):  # noqa: PT011 - some messages come from json
         Calibration.from_json(text)

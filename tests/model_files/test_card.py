@@ -1,4 +1,4 @@
-"""Model cards: what files record about weights, and runs that start from given weights."""
+"""Model cards, and runs that start from existing weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FULL = ModelCard(
 
 
 def stored(**changes):
-    """The JSON of a full card, parsed."""
+    """Returns the parsed JSON of a full card."""
     return json.loads(json.dumps(FULL.to_dict() | changes))
 
 
@@ -67,7 +67,7 @@ def test_names_of_earlier_versions_are_read():
 
 
 def test_a_checkpoint_of_an_earlier_version_is_loaded(tmp_path):
-    """Its card as such a version wrote it, and weights that fit no default."""
+    """The file has a card in the old format and weights of a non-default architecture."""
     path = model_file(tmp_path / "m.pt", architecture=NARROW)
     old = {"format": 1, "model": "efficientvit_tiny", "architecture": {"embed_dims": [8, 8, 16]}}
     with zipfile.ZipFile(path) as archive:
@@ -110,7 +110,7 @@ def test_other_descriptions_are_refused():
             ModelCard.from_dict(value, "m.pt")
 
 
-# Runs that start from given weights
+# Runs that start from existing weights
 
 
 def test_a_run_starts_from_the_weights_and_averages_from_them(tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, complete or absent, and loaded without running anything they contain."""
+"""Checkpoints: exact, written completely or not at all, and loaded without running code."""
 
 import errno
 import json
@@ -116,7 +116,7 @@ def test_memory_layout_does_not_affect_the_file(tmp_path, saved):
 
 
 def test_the_compilers_prefix_is_removed(weights):
-    """`torch.compile(model)` wraps the model, and compiles it only when it is called."""
+    """`torch.compile(model)` wraps the model immediately, and compiles it when it is called."""
     model = network()
     wrapped = torch.compile(model)
     assert all(key.startswith("_orig_mod.") for key in wrapped.state_dict())
@@ -196,7 +196,7 @@ def test_a_flipped_bit_in_the_weights_is_detected(saved):
 
 
 def test_flipped_bits_raise_no_other_error(saved):
-    """A sample of the bytes that are not weights: headers, pickle, card, directory."""
+    """Tries a sample of the bytes that are not weights: headers, pickle, card, directory."""
     data = saved.read_bytes()
     with zipfile.ZipFile(saved) as archive:
         pickled = next(i for i in archive.infolist() if i.filename.endswith("data.pkl"))
@@ -213,7 +213,7 @@ def test_flipped_bits_raise_no_other_error(saved):
         saved.write_bytes(changed)
         try:
             load_model(saved)
-            outcomes.add("loaded")  # a bit without effect: a date, an attribute
+            outcomes.add("loaded")  # a bit without effect, for example in a date
         except CheckpointError:
             outcomes.add("refused")
     assert outcomes == {"loaded", "refused"}
@@ -276,8 +276,8 @@ def test_weights_of_another_network_are_refused(saved):
     card_with(saved, model="efficientvit")
     with pytest.raises(CheckpointError) as caught:
         load_model(saved)
-    assert "model.pt holds another network than TinyEfficientViTSeg" in str(caught.value)
-    assert "give the file of that network" in str(caught.value)
+    assert "model.pt does not hold the weights of TinyEfficientViTSeg" in str(caught.value)
+    assert "pass a file of that network" in str(caught.value)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "text"])
@@ -334,7 +334,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, saved, form):
 
 @pytest.mark.parametrize("write", [save_model, lambda p, w, _: save_state(p, w)], ids=["m", "s"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(saved, weights, write):
-    """A limit on file size makes the system's write fail, as a full disk does."""
+    """A file size limit makes the system call fail, as a full disk does."""
     old = saved.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     import signal
@@ -365,7 +365,7 @@ def test_a_rename_that_fails_leaves_the_old_file(saved, weights, monkeypatch):
 
 
 def test_killed_while_writing_leaves_a_whole_file(tmp_path, saved):
-    """Kills a process that overwrites the file again and again."""
+    """Kills a process that repeatedly overwrites the file."""
     program = (
         "import sys, torch\n"
         "from pupilseg.model_files.card import ModelCard\n"

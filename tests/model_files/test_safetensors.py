@@ -30,7 +30,7 @@ CARD = ModelCard(
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """A package that has released weights of one network."""
+    """Replaces the released weights by those of one network."""
     torch.manual_seed(3)
     model = create_model("efficientvit_tiny", embed_dim=(8, 8, 16))
     path = tmp_path / "weights" / "efficientvit_tiny.safetensors"
@@ -76,7 +76,7 @@ def test_missing_and_damaged_files_are_refused(released, tmp_path):
     path, _ = released
     with pytest.raises(UsageError, match="this build has no released weights 'ellipse'; train a"):
         load_model("ellipse", pretrained=True)
-    with pytest.raises(UsageError, match="there are no weights named 'other'; choose one"):
+    with pytest.raises(UsageError, match="no released weights are named 'other'; choose one"):
         load_model("other", pretrained=True)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_model(tmp_path / "gone.safetensors")
