@@ -2,7 +2,7 @@
 
 python -m benchmarks.augment [--device cpu] [--batch-size 8] [--runs 20]
 
-They are timed in turn, run by run, so that a slow phase of the machine affects all of them.
+They take turns in each run, so that a slow phase of the machine affects all of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Statistics of near-infrared eye frames, measured from pixels and labels only.
+"""Statistics of near-infrared eye frames, computed only from pixels and labels.
 
-They apply to rendered and to recorded frames, so that their ranges can be compared.
+They can be computed for rendered and for recorded frames, to compare their ranges.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def spots(image: Image, where: Mask) -> list[tuple[int, Mask]]:
 def noise_slope(image: Image, where: Mask) -> float:
     """Returns the variance of the noise divided by the gray level, in smooth parts of `where`.
 
-    The second difference in both directions (Immerkaer, 1996) is zero on planes. Of all squares of
-    16 px, the half with the smallest values counts: they contain no hairs.
+    The second difference in both directions (Immerkaer, 1996) is zero on planes. Only the half of
+    all 16 px squares with the smallest values is used, because they contain no hairs.
     """
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     response = cv2.filter2D(image.astype(np.float32), cv2.CV_32F, kernel) ** 2 / 36
@@ -149,7 +149,7 @@ def edge_profile(image: Image, classes: Image) -> Profile | None:
 
 
 def edge_offset(profile: Profile) -> float:
-    """Returns the distance from the label's edge to the half-way gray level, px."""
+    """Returns the distance from the label's edge to the halfway gray level, px."""
     low, high = profile[STEPS < -4].mean(), profile[(STEPS > 2) & (STEPS < 4)].mean()
     if high - low < 12:
         return math.nan
@@ -226,5 +226,5 @@ def visible_share(classes: Image, iris: Ellipse) -> float:
 
 
 def is_cut(classes: Image, whole: Ellipse) -> bool:
-    """Returns whether a lid covers part of the pupil."""
+    """Returns True if a lid covers part of the pupil."""
     return bool((classes == PUPIL).sum() < 0.97 * ellipse_mask(whole).sum())

@@ -1,11 +1,11 @@
-"""Speed of writing shards: frames/s of a split, time of each step, and the earlier way.
+"""Speed of writing shards: frames/s of a split, time per step, and the earlier method.
 
 python -m benchmarks.materialize [--frames 1024] [--rounds 3]
 
-The data are 64 rendered eyes, stored repeatedly in an OpenEDS folder. The earlier way computes, for
-each frame, the same as RITnet and the author of the data set: Canny and dilation, four exact
-distance transforms with SciPy, and `cv2.fitEllipse`; it then writes the rows to parquet as lists.
-All take turns, so that slow periods of the machine affect all of them.
+The data are 64 rendered eyes, stored repeatedly in an OpenEDS folder. For each frame, the earlier
+method computes the same targets as RITnet and the author of the data set: Canny and dilation, four
+exact distance transforms with SciPy, and `cv2.fitEllipse`. It then writes the rows to parquet as
+lists. The methods take turns, so that slow periods of the machine affect all of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pupilseg.sources import Dataset, Sample
 
 FLOAT_BYTES = 400 * 640 * (1 + 1 + 4 + 8)
-"""Bytes per sample in the earlier way: image, label, float32 weights, two float32 maps."""
+"""Bytes per sample of the earlier method: image, label, float32 weights, two float32 maps."""
 
 
 def write_folder(root: Path, frames: int, different: int) -> None:
@@ -59,7 +59,7 @@ def write_folder(root: Path, frames: int, different: int) -> None:
 
 
 def earlier_maps(sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple]:
-    """Returns weights, both distance maps and an ellipse, computed the earlier way."""
+    """Returns weights, both distance maps and an ellipse, computed with the earlier method."""
     weights = cv2.dilate(cv2.Canny(sample.label * 255, 0, 3), (3, 3)) / 255 * 20
     both = []
     for cls in (0, 1):
@@ -78,7 +78,7 @@ def earlier_maps(sample: Sample) -> tuple[np.ndarray, np.ndarray, tuple]:
 
 
 def earlier_parquet(path: Path, samples: list[Sample]) -> None:
-    """Writes rows of the earlier way: flat lists as in revision B, without Python lists."""
+    """Writes parquet rows of flat Arrow lists, as in revision B, without Python lists."""
     rows = [(s.image, s.label, *earlier_maps(s)[:2]) for s in samples]
     columns = {}
     for place, name in enumerate(("image", "label", "spatial_weights", "dist_map")):
@@ -95,7 +95,7 @@ def build(dataset: Dataset, out: Path, workers: int) -> None:
 
 
 def parts(dataset: Dataset, shards_dir: Path, count: int) -> dict[str, Callable[[], object]]:
-    """Returns the steps of the work, each for `count` frames."""
+    """Returns the steps of building shards by name, each for `count` frames."""
     samples = list(dataset.read("train", 0, count))
     with open_shards(shards_dir) as shards:
         stored = [shards.shards[0].row(row) for row in range(count)]
@@ -202,7 +202,7 @@ def main() -> None:
 def measure(
     work: dict[str, tuple[int, Callable[[], object]]], rounds: int
 ) -> dict[str, list[float]]:
-    """Returns seconds per frame of each round, in turn, after a round that is not timed."""
+    """Returns the seconds per frame of each round, alternating, after an untimed round."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, (frames, call) in work.items():

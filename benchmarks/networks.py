@@ -54,7 +54,7 @@ def multiply_adds(model: nn.Module) -> int:
 
 
 def time_in_turns(sessions: list[Any], runs: int) -> list[list[float]]:
-    """Returns the times of each session in ms, after 10 runs that do not count."""
+    """Returns the times of each session in ms, after 10 warm-up runs."""
     image = np.random.default_rng(0).integers(0, 256, (1, 1, HEIGHT, WIDTH), dtype=np.uint8)
     times: list[list[float]] = [[] for _ in sessions]
     for turn in range(runs + 10):

@@ -6,7 +6,7 @@ Calls `cudaHostRegister` on a mapping of the first file: read-only, as in the lo
 without the flag for read-only memory, and as a private copy-on-write mapping. If registration
 succeeds, two ways are timed alternately: copying packed rows to the device directly from the
 mapping, and gathering them into a pinned buffer that is then copied, as the loader does. llama.cpp
-has given up registered mappings (ggml-org/llama.cpp#6206).
+has stopped registering mappings (ggml-org/llama.cpp#6206).
 
 This is a separate program because a failed registration leaves an error that the next CUDA call of
 the process reports.
@@ -49,7 +49,10 @@ TRIALS = [
 
 
 def best_seconds(work: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Returns the minimum time of each function, called alternately, device included."""
+    """Returns the minimum time of each function in seconds, including the device's work.
+
+    The functions are called alternately.
+    """
     found = dict.fromkeys(work, float("inf"))
     for _ in range(rounds):
         for name, call in work.items():
@@ -62,7 +65,7 @@ def best_seconds(work: dict[str, Callable[[], object]], rounds: int = 5) -> dict
 
 
 def compare(shards: ShardSet, mapping: mmap.mmap, batch_size: int, batches: int) -> str:
-    """Returns the speeds of both ways for rows of the first file, as text."""
+    """Returns the speeds of both methods for rows of the first file, as text."""
     device = torch.device("cuda")
     layout, shard = layout_of(shards, DECODED), shards.shards[0]
     fields = [field for field in layout.fields if field.name != WEIGHT_VALUE]

@@ -103,7 +103,8 @@ def check_sample(sample: Sample) -> Sample:
         if values is None:
             continue
         _check_array(values, name, shape, np.float32, where)
-        # The float64 sum of finite float32 values is finite; computing it allocates no array.
+        # The float64 sum of finite float32 values is finite; unlike `isfinite`, it allocates no
+        # array.
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             total = values.sum(dtype=np.float64)
         if not np.isfinite(total):

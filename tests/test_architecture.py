@@ -152,7 +152,7 @@ def test_the_modal_client_needs_modal_alone():
 
 
 def test_every_module_can_be_imported_first():
-    """Each module is imported into an empty `sys.modules`, where a circle cannot hide."""
+    """Imports each module into an empty `sys.modules`, which reveals import cycles."""
     modules = [module_of(path) for path in files_of("pupilseg")]
     program = (
         "import importlib, sys\n"

@@ -97,8 +97,8 @@ class EllipseRegressionNet(nn.Module):
     def moments(self, share: Tensor) -> Tensor:
         """Returns the ellipses (N, 4) with the moments of shares (N, 100, 160) in [0, 1].
 
-        Computed in float32 and without matmul, which autocast would run in half precision, where
-        values near 640 px have steps of 2 px or more.
+        Computed in float32 and without matmul, which autocast would run in half precision, with
+        steps of 2 px at 640 px.
         """
         left, top = _fullest_place(share)
         # Coordinates relative to that position, in px, so that the squares stay small and precise.

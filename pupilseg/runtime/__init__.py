@@ -1,1 +1,1 @@
-"""The machine: devices, compilation, processes, threads, memory and progress bars."""
+"""Devices, compilation, processes, threads, memory and progress bars."""

@@ -1,9 +1,9 @@
-"""Batch norm with the statistics of the whole batch, over all ranks.
+"""Batch norm with the statistics of the global batch, over all ranks.
 
-The statistics are local sums, one message, and a normalization by PyTorch's own kernels; the
-backward pass has the same form (Ioffe and Szegedy, arXiv 1502.03167, with sums over all ranks).
-torch's SyncBatchNorm raises an error for CPU tensors, and on CUDA it waits for the device in every
-layer.
+Each rank computes local sums, adds those of the other ranks in one message, and normalizes with
+PyTorch's own kernels; the backward pass works the same way (Ioffe and Szegedy, arXiv 1502.03167,
+with sums over all ranks). torch's SyncBatchNorm raises an error for CPU tensors, and on CUDA it
+waits for the device in every layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def synchronize_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Makes batch norms use the statistics of the whole batch, over all ranks.
+    """Replaces batch norms by norms with the statistics of the global batch, over all ranks.
 
     Weights, statistics and their names do not change.
     """
@@ -36,7 +36,7 @@ class RankedBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all ranks, which must have the same size.
 
     Args:
-        norm: whose weights and statistics are copied.
+        norm: the layer whose weights and statistics are copied.
         ranks: the processes of the job.
     """
 
@@ -72,8 +72,8 @@ class _RankedNormalization(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # `torch.var_mean` takes 25 times as long in channels_last. The two buffers it updates are
-        # of no interest here.
+        # `torch.var_mean` takes 25 times as long in channels_last. The two buffers that
+        # `batch_norm_update_stats` updates are not used.
         unused = torch.zeros_like(weight), torch.ones_like(weight)
         mean, var = (v.double() for v in torch.batch_norm_update_stats(x, *unused, 0.0))
         # float64, because the variance is computed as a difference of two squares.
@@ -90,8 +90,8 @@ class _RankedNormalization(torch.autograd.Function):
         ctx: Any, gradient: Tensor, *_unused: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, var = ctx.saved_tensors
-        # In evaluation mode the kernel takes the statistics as constants: the gradient of x is
-        # gradient * weight / std, those of weight and bias are the sums over this rank.
+        # In evaluation mode, the kernel treats the statistics as constants: the gradient of x is
+        # gradient * weight / std, and the gradients of weight and bias are sums over this rank.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )

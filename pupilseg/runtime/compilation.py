@@ -18,7 +18,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 MODE = "max-autotune"
 _COMPILER_ERRORS = (RuntimeError, OSError)
-"""Dynamo and Inductor raise RuntimeErrors; so does Triton when there is no C compiler."""
+"""Dynamo and Inductor raise RuntimeErrors, as does Triton without a C compiler."""
 
 
 class Compiled(Generic[Parameters, Result]):
@@ -26,7 +26,7 @@ class Compiled(Generic[Parameters, Result]):
 
     Args:
         function: to compile. The errors that it raises itself are raised as without compilation.
-        name: what runs slower without a compiler, for the warning.
+        name: name of the function in the warning that it is slower.
 
     Attributes:
         compiled: whether the function is compiled; None before the first call.
@@ -72,12 +72,12 @@ def compile_network(
 ) -> bool:
     """Compiles a network in place, forward and backward, for one batch shape.
 
-    In place, so that `state_dict` keys get no `_orig_mod.` prefix. Compilation happens in this
-    call, not in the first training step; weights and statistics keep their values.
+    Compiling in place keeps the `state_dict` keys, without a prefix `_orig_mod.`. Compilation
+    happens in this call, not in the first training step; weights and statistics keep their values.
 
     Args:
         model: on its device, in training mode.
-        example: a batch of images like those to come.
+        example: a batch of images with the shape and dtype used in training.
         objective: maps the network's output to a scalar that has a gradient.
         autocast: arguments of `torch.autocast`.
         mode: of `torch.compile`.

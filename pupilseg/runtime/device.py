@@ -1,4 +1,4 @@
-"""Devices by name, their fast arithmetic modes, and timestamps in their work."""
+"""Devices by name, fast arithmetic modes, pinned memory, and timestamps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Returns a copy of a CPU tensor on a device; on CUDA without waiting for the copy."""
+    """Copies a CPU tensor to a device; does not wait for the copy on CUDA."""
     if device.type == "cuda":
         return pinned(values.shape, values.dtype).copy_(values).to(device, non_blocking=True)
     return values.to(device)
@@ -87,7 +87,7 @@ def fast_arithmetic(
     devices nothing changes.
 
     Args:
-        device: that will compute.
+        device: the device that will compute.
         tf32: compute float32 products with a mantissa of 10 bits instead of 23.
         cudnn_benchmark: time cuDNN's convolution kernels and use the fastest for each shape.
     """
@@ -106,10 +106,10 @@ def fast_arithmetic(
 
 
 class Timestamp:
-    """The time at which a device reaches this point of its work.
+    """The time at which a device has finished the work queued so far.
 
-    On CUDA this is an event in the device's current stream, so that recording it waits for
-    nothing; elsewhere it is the host's clock.
+    On CUDA this is an event in the device's current stream, so that recording it does not wait. On
+    other devices it is the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:

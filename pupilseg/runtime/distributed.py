@@ -3,9 +3,9 @@
 `torchrun` starts the processes, or `local_ranks` does on the cores of one machine.
 
 Each rank trains on its share of every batch. Batch statistics, gradients and metrics are summed
-over the ranks, so that n ranks take the same steps as one process with the same total batch. The
-networks have 26,000 weights: gradients are one message of 100 KB per step, with nothing to overlap
-or to shard, which is why this is simpler than DistributedDataParallel.
+over the ranks, so that n ranks take the same steps as one process with the same total batch. This
+is simpler than DistributedDataParallel: with 26,000 weights, the gradients are one message of 100
+KB per step, so there is nothing to overlap or shard.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 Prepared = TypeVar("Prepared")
 
 MESSAGE_TIMEOUT_S = 300
-"""Longest wait for another rank. A killed rank is noticed at once: its socket closes."""
+"""Longest wait for another rank. A killed rank is detected at once, because its socket closes."""
 PREPARE_TIMEOUT_S = 24 * 3600
-"""Longest wait for the first rank to download and materialize."""
+"""Longest wait for the first rank to download the data and build the shards."""
 
 END_TIMEOUT_S = 30
 """Longest wait for another local process to end, before it is killed."""
@@ -54,7 +54,7 @@ class Ranks:
     Attributes:
         rank: of this process, counted from 0.
         world_size: number of processes.
-        exchange: sums CPU tensors over processes of one machine; without it, gloo does.
+        exchange: sums CPU tensors over the processes of one machine; None uses gloo.
     """
 
     rank: int = 0
@@ -109,7 +109,9 @@ class Ranks:
         return batch_size // self.world_size
 
     def after_first(self, prepare: Callable[[], Prepared]) -> Prepared:
-        """Calls a function on the first rank, and then on the others, which find its work done.
+        """Calls a function on the first rank and, when it has returned, on the other ranks.
+
+        For work that the first rank does for all, such as building shards.
 
         Raises:
             ParallelError: the first rank ended before the function returned.
@@ -132,7 +134,7 @@ ALONE = Ranks()
 
 @contextmanager
 def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
-    """Joins the job that `torchrun` started this process for, if it did.
+    """Joins the job of `torchrun`, if it started this process.
 
     Args:
         device: as requested by the user; "cuda" becomes this rank's own device.
@@ -153,7 +155,7 @@ def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
     if device.type == "cuda":
         device = _own_cuda(device)
         torch.cuda.set_device(device)
-    # gloo beside NCCL: messages about the host alone should not wait for the device.
+    # gloo in addition to NCCL, so that messages with values on the host do not wait for the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=MESSAGE_TIMEOUT_S))
     try:
@@ -187,7 +189,8 @@ def _exchange_of_job(device: torch.device) -> Generator[Exchange | None]:
 def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ranks]:
     """Starts the other processes of a CPU job on this machine.
 
-    Each of them has one thread, ignores Ctrl-C, and ends when this process does: its sockets close.
+    Each of them uses one thread, ignores Ctrl-C, and ends when this process ends, because its
+    sockets close.
 
     Args:
         processes: of the job, this one included.
@@ -202,14 +205,14 @@ def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ra
     if processes == 1:
         yield ALONE
         return
-    # Not fork: a child would inherit torch's threads, of which only one survives a fork.
+    # Not "fork": a child would inherit the state of torch's thread pool without its threads.
     context = multiprocessing.get_context("spawn")
     own, *others = connected_sockets(processes)
     children = [
         context.Process(target=_run_rank, args=(rank, sockets, work), daemon=True)
         for rank, sockets in enumerate(others, start=1)
     ]
-    # Children inherit this: Ctrl-C would interrupt them before they can ignore it themselves.
+    # Children inherit this setting. Otherwise Ctrl-C could interrupt them before they ignore it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for child in children:
@@ -246,7 +249,7 @@ def _run_rank(rank: int, sockets: Sockets, work: Callable[[Ranks], object]) -> N
 
 
 def _ends(children: Sequence[BaseProcess]) -> str:
-    """Returns how processes ended that did not end well."""
+    """Describes how each failed process ended."""
     ends = []
     for rank, child in enumerate(children, start=1):
         child.join(timeout=1)
@@ -258,7 +261,7 @@ def _ends(children: Sequence[BaseProcess]) -> str:
 
 
 def _own_cuda(device: torch.device) -> torch.device:
-    """Returns the CUDA device of this rank."""
+    """Returns this rank's CUDA device."""
     local, count = dist.get_node_local_rank(), torch.cuda.device_count()
     if str(device) != "cuda":
         raise UsageError(

@@ -1,9 +1,9 @@
 """Sums over the processes of one machine, through Unix sockets.
 
-Batch norm exchanges two hundred bytes 80 times per step. gloo takes about 4 ms for each of these
-messages on a CPU, which is longer than the computation between them; a write and a read on a socket
-take 18 us (2 processes, median of 2,000, other work on both cores). Waiting blocks in the kernel:
-a process that spins takes the time that the others, or other programs, could use.
+Batch norm exchanges 200 bytes 80 times per step. On a CPU, gloo takes about 4 ms for each of these
+messages, longer than the computation between them; a write and a read on a socket take 18 us (2
+processes, median of 2,000, other work on both cores). Waiting blocks in the kernel, because
+spinning would take CPU time from the other processes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT_S = 300.0
-"""Longest wait for another process. One that ended is noticed at once: its sockets close."""
+"""Longest wait for another process. The end of a process is detected at once: its sockets close."""
 BUFFER_BYTES = 1 << 20
 """Requested size of a socket's buffer, so that a message of gradients (100 KB) fits."""
 
 Sockets = dict[int, socket.socket]
-"""The connections of one rank, by the other's rank."""
+"""The connections of one rank: other rank -> socket."""
 
 
 def connected_sockets(world_size: int) -> list[Sockets]:
@@ -71,9 +71,9 @@ def connect_to_ranks(
 class Exchange:
     """Sums small tensors over ranks; every rank gets the same bits.
 
-    Each rank sends its values to all others and adds up what it receives in the order of the
-    ranks. The traffic grows with the square of the number of ranks, which is the number of cores of
-    one machine at most.
+    Each rank sends its values to all others and adds the values of all ranks in the order of the
+    ranks. The traffic grows with the square of the number of ranks, which is at most the number of
+    cores of one machine.
 
     Args:
         rank: of this process.
@@ -90,7 +90,7 @@ class Exchange:
         self._timeout_ms = int(1000 * timeout_s)
         for connection in self._sockets.values():
             connection.setblocking(False)
-            # Systems cap the size; a smaller buffer costs time only.
+            # The system may limit the size; a smaller buffer is only slower.
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
 
@@ -164,7 +164,7 @@ class Exchange:
             )
 
     def close(self) -> None:
-        """Closes the sockets; the other ranks notice."""
+        """Closes the sockets; other ranks that wait for this one raise ParallelError."""
         for connection in self._sockets.values():
             connection.close()
 

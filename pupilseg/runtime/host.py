@@ -18,10 +18,10 @@ _TOP_PAD_BYTES = 64 << 20
 
 
 def host_memory() -> int:
-    """Returns the bytes of memory that this process may use, its share of the page cache included.
+    """Returns the bytes of memory that this process may use, including its page cache.
 
-    This is the machine's memory, or the lowest limit of the control groups that the process
-    belongs to: a container usually may not use all of its machine's memory.
+    This is the machine's memory or the lowest limit of the process's control groups, because a
+    container usually may not use all memory of its machine.
 
     Returns:
         0 where the operating system does not report its memory.
@@ -78,9 +78,9 @@ def _cgroup_values(controller: str, file: str, file_v1: str | None) -> list[str]
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory in this process instead of returning it to the kernel.
 
-    A training step frees and allocates several hundred MB. Each page that was returned costs a
-    page fault and is zeroed again in the next step. With the memory kept, an epoch on two cores
-    takes 2.3 s instead of 2.8 s (docs/benchmarks.md). The process never shrinks again.
+    A training step frees and allocates several hundred MB. Each page that is returned to the kernel
+    causes a page fault and is zeroed again in the next step. Keeping the memory shortens an epoch
+    on two cores from 2.8 s to 2.3 s (docs/benchmarks.md), but the process never shrinks again.
 
     Returns:
         Whether the setting took effect; False on C libraries other than glibc.

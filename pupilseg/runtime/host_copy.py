@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class HostCopy:
-    """The values that a tree of tensors has now, copied to the host without waiting for them.
+    """A copy on the host of the current values of a tree of tensors, made without waiting for them.
 
     CUDA tensors are concatenated into one vector per dtype and copied to pinned memory without
-    blocking: the 600 small tensors of a training state need three copies. CPU tensors are copied
-    at once.
+    blocking, so the 600 small tensors of a training state need three copies. CPU tensors are copied
+    immediately.
 
     Args:
         tree: nested dicts and lists of tensors and plain values; not modified. CUDA tensors of one
@@ -50,7 +50,8 @@ class HostCopy:
             joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
             self._copies[dtype] = pinned(joined.shape, dtype)
             self._copies[dtype].copy_(joined, non_blocking=True)
-            # In the stream that copies: the current device need not be that of the tensors.
+            # Recorded in the stream that copies: the tensors may be on another than the current
+            # device.
             copied = torch.cuda.Event(blocking=True)  # sleeps instead of keeping a core busy
             copied.record(torch.cuda.current_stream(joined.device))
             self._copied.append(copied)
@@ -72,7 +73,7 @@ class HostCopy:
 
 
 class _Position(NamedTuple):
-    """Which tensor of which vector stands at this place of the tree."""
+    """Placeholder in the tree: a tensor's dtype and its index in the vector of that dtype."""
 
     dtype: torch.dtype
     place: int

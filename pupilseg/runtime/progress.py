@@ -22,13 +22,13 @@ def progress_bar(
     """Returns a progress bar that is hidden when the output goes to a file.
 
     Args:
-        iterable: None for a bar that is updated by hand.
+        iterable: items to iterate over; None for a bar that is updated with `update`.
         description: shown in front of the bar.
         unit: name of one item.
         total: number of items, if `iterable` has no length.
         show: False hides the bar everywhere.
     """
-    # A notebook's streams are not terminals, but its page handles carriage returns like one.
+    # A notebook's streams are not terminals, but the notebook page handles carriage returns.
     notebook = type(sys.stderr).__module__.startswith("ipykernel.")
     return tqdm(
         iterable,

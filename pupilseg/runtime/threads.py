@@ -46,7 +46,7 @@ def in_background(
     Args:
         items: an iterable, drawn from once.
         ahead: maximum number of items drawn before the consumer asks for them, at least 1.
-        stop: set when the consumer is gone, for long-running `items` that want to check it.
+        stop: event that is set when the consumer is gone, for long-running `items` to check.
 
     Raises:
         UsageError: the process was forked after the thread started; the child has no thread.
@@ -150,9 +150,9 @@ class _PerThread(threading.local, Generic[Scratch]):
 class RowPool(Generic[Scratch]):
     """Runs a function for every row of a batch in several threads.
 
-    Each thread has scratch memory of its own, which lives as long as the thread: fresh arrays cost
-    more in page faults than the work done in them. Threads start with the first batch and end with
-    `close`, which is also the end of a `with` block. A closed pool can be used again.
+    Each thread keeps its own scratch memory, because allocating new arrays would cost more in page
+    faults than the computation itself. Threads start with the first batch and end with `close` or
+    at the end of a `with` block. A closed pool can be used again.
 
     Args:
         make_scratch: creates the scratch memory of a thread.

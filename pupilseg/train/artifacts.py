@@ -1,4 +1,4 @@
-"""Files of a tracked run besides its metrics: curves, sample predictions, the ONNX file."""
+"""Files of a tracked run in addition to its metrics: curves, sample predictions, ONNX file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make_artifacts(
 ) -> Iterator[Path]:
     """Writes the files and yields the path of each once it exists.
 
-    A file that cannot be written, because a package is missing for example, is skipped with a
-    warning: the run has finished, and its checkpoints are complete.
+    A file that cannot be written, for example because a package is missing, is skipped with a
+    warning, since the run has finished and its checkpoints are complete.
 
     Args:
         model_file: the best model.
@@ -72,7 +72,7 @@ def _write_onnx(model_file: Path, validation: ShardSet, path: Path) -> None:
 
 
 def _write_predictions(model_file: Path, validation: ShardSet, path: Path) -> None:
-    """Draws outlines of label (green) and prediction (red) on frames spread over the split."""
+    """Draws the outlines of label (green) and prediction (red) on frames spread over the split."""
     count = min(SAMPLES, len(validation))
     indices = np.linspace(0, len(validation) - 1, count).round().astype(int)
     samples = [validation.sample(int(index)) for index in indices]

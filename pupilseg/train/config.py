@@ -1,7 +1,7 @@
 """Training configuration and results.
 
-This module imports neither torch nor NumPy: `pupilseg.cli.train_flags` makes the command line of
-every training program from the fields below, on a machine with modal alone too.
+This module imports neither torch nor NumPy: `pupilseg.cli.train_flags` creates the command line of
+every training program from the fields below, also on machines where only modal is installed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 SMALL_BATCH = 4
-"""Batch size that learns most from few frames (docs/benchmarks.md)."""
+"""Batch size that gives the best results with few frames (docs/benchmarks.md)."""
 SMALL_BATCH_LR = 1e-2
 """Peak learning rate for `SMALL_BATCH`."""
 LARGE_BATCH = 32
 """Batch size that keeps a GPU busy."""
 MIN_STEPS = 8
-"""Fewest steps per epoch: few frames make smaller batches."""
+"""Minimum number of steps per epoch; with few frames, the default batch size is reduced."""
 MANY_FRAMES = 1 << 30
 
 
@@ -61,12 +61,12 @@ def _option(
     shown_default: str | None = None,
     cuda: bool = False,
 ) -> Any:
-    """Returns a field with what its flag needs.
+    """Returns a dataclass field with the metadata of its flag.
 
     Args:
-        default: of the field.
+        default: default of the field.
         text: help text.
-        check: on the value.
+        check: condition on the value.
         alias: another name of the flag.
         choices: the valid values.
         shown_default: replaces the default in the help text.
@@ -163,9 +163,9 @@ class TrainConfig:
         """Returns a copy whose batch_size, lr and defer_metrics are not None.
 
         Args:
-            device: that will train.
-            frames: of the training split.
-            processes: that share a batch.
+            device: the training device.
+            frames: number of training frames.
+            processes: number of processes that share a batch.
         """
         batch_size = self.batch_size
         if batch_size is None:
@@ -180,7 +180,7 @@ class TrainConfig:
 
 
 SPEED_ONLY = ("compile", "cudnn_benchmark", "defer_metrics")
-"""Fields that may change when a run is resumed: they affect its speed only."""
+"""Fields that may change when a run is resumed, because they only affect its speed."""
 
 
 def default_batch_size(device: torch.device, frames: int, processes: int = 1) -> int:
@@ -202,7 +202,7 @@ class FitResult:
         best: that epoch's history row.
         history: one row per epoch: epoch (from 1), lr, alpha, train_* and valid_* scores. Times
             are not included, so that the history is a function of the seed.
-        interrupted: the user stopped the run before its last epoch.
+        interrupted: whether the user stopped the run before its last epoch.
     """
 
     best_file: Path

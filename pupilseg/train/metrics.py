@@ -49,7 +49,7 @@ def predicted_mask(output: Tensor | EllipseOutput) -> Tensor:
 def ellipse_px(vectors: Tensor) -> Tensor:
     """Converts normalized ellipses (N, 4) to px, float32.
 
-    Scaled column by column with Python numbers: to copy a constant tensor to CUDA would wait.
+    Scaled column by column with Python numbers, because copying a constant tensor to CUDA waits.
     """
     columns = vectors.float().unbind(dim=1)
     return torch.stack([x * unit for x, unit in zip(columns, _UNITS, strict=True)], dim=1)
@@ -116,8 +116,8 @@ class EpochMetrics:
         pixels = label.numel()
         found_px = mask.float()
         true_px = (label != 0).float()
-        # Matrix products, because sums over bool take three times as long; the pixels of one frame
-        # are counted exactly in float32, and in TF32. Those of 66 frames exceed 2^24.
+        # Matrix products, because sums over bool take three times as long. They count the pixels of
+        # one frame exactly in float32 and TF32; the pixels of 66 frames would exceed 2^24.
         rows = found_px @ self._columns  # (N, H, 2): sums of 1 and of x along each row
         area, sum_x = rows.to(self._dtype).sum(dim=1).unbind(dim=1)  # (N,)
         sum_y = rows[:, :, 0].to(self._dtype) @ self._rows

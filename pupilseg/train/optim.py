@@ -32,7 +32,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns optimizer groups in which matrices and kernels decay, biases and norms do not."""
+    """Returns optimizer groups with weight decay for matrices and kernels only."""
     kernels = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [
@@ -44,8 +44,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads an optimizer's state in the memory layout of its parameters.
 
-    Fused kernels walk through memory without looking at strides: they would pair the contiguous
-    moments of a file with the wrong numbers of a channels_last kernel.
+    Fused kernels ignore strides, so they would combine the contiguous moments of a file with the
+    wrong elements of a channels_last kernel.
     """
     optimizer.load_state_dict(dict(state))
     for parameter, values in optimizer.state.items():
@@ -57,7 +57,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, Any]:
     """Returns a gradient scaler's state with its two changing values as tensors on the device.
 
-    `GradScaler.state_dict` reads them, for which the host waits.
+    `GradScaler.state_dict` would read them, which makes the host wait for the device.
     """
     if not scaler.is_enabled() or scaler._scale is None:  # None: not used yet
         return scaler.state_dict()
@@ -82,13 +82,13 @@ class WeightAverage:
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that the first, random weights do not
     hold back a short run.
 
-    `torch.optim.swa_utils.AveragedModel(use_buffers=True, multi_avg_fn=...)` does not fit: it
-    copies its step count to the device in every step, for which CUDA waits, and its average starts
-    at the weights after the first step instead of the initial ones.
+    `torch.optim.swa_utils.AveragedModel(use_buffers=True, multi_avg_fn=...)` is not used, because
+    it copies its step count to the device in every step, which waits on CUDA, and because its
+    average starts at the weights after the first step instead of the initial weights.
 
     Args:
         model: on its device, in training.
-        average: a network of the same weights and memory format, which is to hold the average.
+        average: a network with the same weights and memory format, which will hold the average.
         decay: per step.
 
     Attributes:
@@ -100,7 +100,7 @@ class WeightAverage:
         self.network = average.requires_grad_(requires_grad=False)
         self.steps = 0
         self._decay = decay
-        # Tensors are looked up once: a walk through the modules takes 0.2 ms.
+        # The tensors are collected once, because walking through the modules takes 0.2 ms.
         current = model.state_dict()
         averaged = average.state_dict()
         floats = [name for name, value in averaged.items() if value.is_floating_point()]

@@ -1,4 +1,4 @@
-"""In-place compilation: names and values are unchanged; without a compiler training continues."""
+"""In-place compilation keeps names and values; without a compiler, training continues."""
 
 import copy
 import os
@@ -55,7 +55,7 @@ def test_names_and_values_do_not_change(compiled):
 
 
 def test_the_trial_run_has_no_side_effects():
-    """No gradients and no batch statistics; compiled runs would differ from eager ones."""
+    """It leaves no gradients or batch statistics, which would make compiled runs differ."""
     model = TokenMixing(1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     compile_network(model, torch.rand(2, 1, 8, 8), torch.sum, OFF, mode="default")
@@ -122,7 +122,7 @@ def test_a_function_that_cannot_be_compiled_is_called_as_it_is(caplog, monkeypat
 
 
 def test_without_a_compiler_it_warns_once_and_continues(tmp_path):
-    """In a fresh process and cache, because Inductor caches compilers and kernels."""
+    """Runs in a new process and cache, because Inductor caches compilers and kernels."""
     environment = {
         **os.environ,
         "CXX": "/nowhere/g++",

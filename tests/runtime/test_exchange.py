@@ -1,4 +1,4 @@
-"""Sums over processes through sockets, here over threads of one process."""
+"""Sums over processes through sockets, tested with threads of one process."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from tests.helpers.waiting import PATIENCE_S
 
 
 def sums(values, timeout_s=PATIENCE_S):
-    """Returns what each rank gets for its tensor."""
+    """Returns the sum that each rank receives."""
     exchanges = [
         Exchange(rank, sockets, timeout_s)
         for rank, sockets in enumerate(connected_sockets(len(values)))

@@ -49,7 +49,7 @@ def test_copies_do_not_require_gradients():
 
 
 @pytest.mark.gpu
-def test_making_a_copy_waits_for_nothing():
+def test_starting_a_copy_does_not_wait():
     tree = tree_on("cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""Background threads: order, bounds, errors, and a prompt end in every case."""
+"""Background threads: order, bounds, errors, and prompt shutdown."""
 
 import contextlib
 import multiprocessing

@@ -90,7 +90,7 @@ def small_case(data, dtype=np.float64):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_terms_equal_the_reference_for_any_share_of_pupil(data):
-    """In float64, so that rounding cannot hide a wrong formula."""
+    """Compares in float64, so that rounding cannot hide a wrong formula."""
     logits, label, weights, dist_map = small_case(data)
     expected = reference(logits, label, weights, dist_map, 0.5)
     z = torch.from_numpy(logits[:, 1] - logits[:, 0])

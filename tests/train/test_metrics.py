@@ -96,7 +96,7 @@ def test_a_perfect_prediction():
     assert values["valid_center_px"] < 1e-3
 
 
-def test_a_half_overlap_has_a_third_of_iou_and_half_the_width_in_px():
+def test_a_half_overlap_has_an_iou_of_a_third_and_an_error_of_half_the_width():
     truth, found = BLINK.copy(), BLINK.copy()
     truth[100:200, 100:200] = 1
     found[100:200, 150:250] = 1
@@ -169,7 +169,7 @@ def test_counts_stay_exact_over_a_million_frames():
 
 
 def test_counts_of_a_large_batch_are_exact():
-    """66 full frames less a pixel: an odd number above 2^24, which float32 would round."""
+    """66 full frames minus one pixel: an odd number above 2^24, which float32 would round."""
     metrics = EpochMetrics(["loss"], CPU)
     mask = torch.ones(66, 400, 640, dtype=torch.bool)
     mask[0, 0, 0] = False

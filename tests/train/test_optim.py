@@ -48,7 +48,7 @@ def test_the_rate_ends_near_a_hundredth_of_the_peak():
 
 
 @pytest.mark.parametrize("name", ["efficientvit", "ellipse"])
-def test_kernels_decay_and_nothing_else(name):
+def test_only_matrices_and_kernels_have_weight_decay(name):
     model = create_model(name)
     kernels, others = parameter_groups(model, 0.3)
     assert (kernels["weight_decay"], others["weight_decay"]) == (0.3, 0.0)

@@ -237,7 +237,7 @@ def test_a_killed_run_resumes_in_the_same_mlflow_run(server, shards, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_server_that_dies_mid_run_costs_a_warning_and_an_upload(server, gate, shards, tmp_path):
+def test_a_run_whose_server_stops_warns_and_can_be_uploaded_later(server, gate, shards, tmp_path):
     """The run finishes normally, and one command uploads the missing data."""
     client = client_of(server)
     experiment = client.create_experiment("dies")

@@ -4,8 +4,8 @@ To add a loss, write a module here with a function `(output, batch, alpha) -> {t
 term "loss" carries the gradient, and add one line to `LOSSES`. Its terms become columns of the
 history, with the prefixes `train_` and `valid_`.
 
-All arithmetic is in float32 or wider, whatever the network computes in: sums over 256,000 pixels
-lose their small terms in half precision.
+All losses are computed in float32 or wider, also for half-precision outputs, because sums over
+256,000 pixels lose small terms in half precision.
 """
 
 from __future__ import annotations

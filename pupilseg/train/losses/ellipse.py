@@ -51,10 +51,10 @@ def cover_loss(cover: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 def ellipse_loss(output: EllipseOutput, batch: Batch, alpha: float | Tensor) -> dict[str, Tensor]:
     """Returns the soft mask's loss and its terms, and the error of the four ellipse numbers.
 
-    The numbers are the mask's moments, and only the mask is trained: in a frame whose darkest
-    patch is not its pupil, a loss on the numbers would move the center of the wrong patch, and
-    every weight that was tried for one made the results worse (docs/benchmarks.md). Their errors
-    (smooth L1 in units of 10 px, over frames with a pupil, 0 for others) are reported only.
+    The numbers are the mask's moments, and only the mask is trained. If a dark patch is mistaken
+    for the pupil, a loss on the numbers would move the center of that patch, and every weight tried
+    for such a loss made the results worse (docs/benchmarks.md). The errors of the numbers (smooth
+    L1 in units of 10 px, over frames with a pupil, 0 for others) are only reported.
 
     Args:
         output: of the network in training mode, or with `with_map` set.
