@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# On few cores, OpenMP threads that spin while they wait slow down the others.
+# With few cores, OpenMP threads that spin while waiting slow down the others.
 export OMP_WAIT_POLICY := passive
 
 .PHONY: help venv demo test test-all test-gpu coverage check lint docs bench clean

@@ -263,7 +263,7 @@ def file_lock(
 
     Args:
         path: the lock file.
-        subject: what it protects, for messages.
+        subject: the locked directory or file, for messages.
         wait: as `directory_lock`.
         timeout_s: as `directory_lock`.
 

@@ -164,7 +164,7 @@ def test_invalid_model_file(name, fault, model_file, shards, tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
 def test_output_disk(kind, shards, tmp_path):
-    """On a real small file system, where this user may mount one."""
+    """Uses a real small file system, if the user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     options = "size=64k" if kind == "full" else "ro"

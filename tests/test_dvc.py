@@ -1,4 +1,4 @@
-"""The DVC pipelines: their deps against imports, then `dvc repro` in a copy of the checkout."""
+"""The DVC pipelines: compares deps with imports and runs `dvc repro` in a copy of the checkout."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from tests.helpers.paths import ROOT
 STAGES = ("download", "materialize", "train", "evaluate", "export")
 MODELS = ("efficientvit", "efficientvit_tiny", "ellipse")
 OBSERVERS = ("pupilseg/__init__.py", "pupilseg/tracking/", "pupilseg/train/artifacts.py")
-"""The version number, and what a run sends to MLflow. Their own imports count as little."""
+"""The version number and the uploads to MLflow. Their imports are ignored too."""
 NO_RESULT = {
     "every stage": (
         *OBSERVERS,
         "pupilseg/errors.py",
-        "pupilseg/files.py",  # how files are written, not what is in them
+        "pupilseg/files.py",  # how files are written, not their content
         "pupilseg/pages.py",
         "pupilseg/cli/",
         "pupilseg/weights/",  # no stage uses released weights
@@ -33,7 +33,7 @@ NO_RESULT = {
         "pupilseg/geometry.py", "pupilseg/maps.py", "pupilseg/preprocess.py", "pupilseg/sample.py",
     ),
     "materialize": ("pupilseg/runtime/",),
-    # `train` lists what decides numerics: compilation, device and processes.
+    # `train` lists the modules that affect numerics: compilation, device and processes.
     "train": (
         "pupilseg/runtime/",
         "pupilseg/train/__init__.py",
@@ -55,7 +55,7 @@ NO_RESULT = {
         "pupilseg/export/safetensors.py",  # another format
     ),
 }  # fmt: skip
-"""Files and folders that a stage imports and that do not decide its result: editing one reruns
+"""Files and folders that a stage imports but that do not affect its result; editing them reruns
 nothing."""
 
 
@@ -74,7 +74,7 @@ def test_a_stage_depends_on_what_decides_its_result(folder, stage):
 
 
 def test_a_change_of_the_viewer_or_the_command_line_reruns_nothing():
-    """Deps list files of `predict`, not the folder."""
+    """The deps list single files of `predict`, not the folder."""
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     deps = {dep for stage in stages.values() for dep in stage["deps"]}
     for file in ("predict/view.py", "predict/video.py", "cli/main.py", "notebook/display.py"):
@@ -84,7 +84,7 @@ def test_a_change_of_the_viewer_or_the_command_line_reruns_nothing():
 
 @pytest.mark.parametrize("folder", ["demo", "pretrained"])
 def test_it_is_the_same_pipeline(folder):
-    """The files differ in their paths only."""
+    """The files only differ in their paths."""
     root = (ROOT / "dvc.yaml").read_text().split("\n", 1)[1]
     other = (ROOT / folder / "dvc.yaml").read_text().split("\n", 1)[1]
     for text in ("cd .. && ", "../", f"{folder}/"):
@@ -146,7 +146,7 @@ def set_params(path, **groups):
 @pytest.mark.integration
 @pytest.mark.long
 def test_demo_repro_end_to_end(checkout):
-    """A second run does nothing; a training parameter touches no data; the tree stays clean."""
+    """A second run does nothing, a new training parameter rebuilds no data, the tree stays clean."""
     params = checkout / "demo" / "params.yaml"
     set_params(params, download={"source": "synthetic:10@3"}, train={"epochs": 1, "batch_size": 2})
     before = git_status(checkout)
@@ -188,7 +188,7 @@ def test_demo_repro_end_to_end(checkout):
 
 @pytest.mark.integration
 def test_repro_on_an_openeds_folder(checkout, tmp_path):
-    """The pipeline for real data, on frames in the layout of OpenEDS."""
+    """Runs the pipeline for real data on frames in the layout of OpenEDS."""
     import cv2
     import numpy as np
 

@@ -194,7 +194,7 @@ def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ra
 
     Args:
         processes: of the job, this one included.
-        work: what the other processes do; picklable.
+        work: function that the other processes run; picklable.
 
     Yields:
         The ranks, as seen from this process, which is the first.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pupilseg.train.state import TrainState
 
 DEFERRED_EVERY = 10
-"""Epochs between two written states when metrics are deferred."""
+"""Number of epochs between state files when metrics are deferred."""
 
 
 def run_files(output_dir: Path, model: str) -> list[Path]:
@@ -156,10 +156,10 @@ class CheckpointWriter:
         self._saved_best = self.best["epoch"]
 
     def queue(self, *, last: bool = False) -> None:
-        """Takes over the epoch that just ended.
+        """Queues the results of the epoch that just ended.
 
         Args:
-            last: the run ends here.
+            last: whether this was the last epoch of the run.
         """
         state = self._state
         self._laps[state.epoch] = state.laps
@@ -219,7 +219,7 @@ class CheckpointWriter:
                 self._on_epoch({**row, **seconds})
 
     def _extend_history(self, stored: Mapping[str, Any]) -> None:
-        """Adds the rows of a training state that the history lacks.
+        """Adds the rows that the history does not have yet from a training state.
 
         Raises:
             UsageError: the training loss is not finite.
@@ -254,7 +254,7 @@ class CheckpointWriter:
         self._save_model(self.best_file, stored["best"], self.best)
 
     def _save_numbered(self, stored: Mapping[str, Any], *, improved: bool) -> None:
-        """Writes a numbered checkpoint if this epoch, or an improvement, requires one."""
+        """Writes a numbered checkpoint if one is due after this epoch or improvement."""
         row, weights = self.history[-1], stored["averaged"]
         every = self._entry.checkpoint_every
         if every == 0:

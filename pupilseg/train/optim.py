@@ -112,7 +112,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the model's current weights; integer counts are copied."""
+        """Moves the average toward the model's current weights; integer counts are copied."""
         decay = min(self._decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
         torch._foreach_lerp_(self._floats, self._current_floats, 1 - decay)

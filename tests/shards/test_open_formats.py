@@ -131,11 +131,11 @@ def test_show_draws_the_stored_sample(folder, capsys, monkeypatch):
     parts = [drawn[y : y + 400, x : x + 640] for y in (0, 400, 800) for x in (0, 640)]
     clear = np.ones((400, 640), bool)
     clear[:150, :] = False  # captions
-    image, labelled, weights, background, pupil, _ = (part[clear].astype(int) for part in parts)
+    image, labeled, weights, background, pupil, _ = (part[clear].astype(int) for part in parts)
     np.testing.assert_array_equal(image[:, 0], sample["image"][clear])
     inside = sample["label"][clear] == 1
     assert inside.any()
-    changed = (labelled != image).any(axis=1)
+    changed = (labeled != image).any(axis=1)
     assert changed[inside].mean() > 0.98
     assert changed[~inside].mean() < 0.02, "outline and cross"
     scaled = sample["spatial_weights"][clear] * (255 / sample["spatial_weights"].max())
