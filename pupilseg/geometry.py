@@ -174,8 +174,8 @@ def letterbox_box(height: int, width: int, mode: str) -> tuple[int, int, int, in
     """Returns top, left, height and width of a frame of any size within 400 x 640.
 
     Args:
-        height: of the frame.
-        width: of the frame.
+        height: rows of the frame.
+        width: columns of the frame.
         mode: "letterbox" keeps the aspect ratio and centers; "stretch" fills 400 x 640.
     """
     if mode == "stretch":

@@ -146,7 +146,7 @@ def set_params(path, **groups):
 @pytest.mark.integration
 @pytest.mark.long
 def test_demo_repro_end_to_end(checkout):
-    """A second run does nothing, a new training parameter rebuilds no data, the tree stays clean."""
+    """A second run does nothing; a new training parameter rebuilds no data; the tree is clean."""
     params = checkout / "demo" / "params.yaml"
     set_params(params, download={"source": "synthetic:10@3"}, train={"epochs": 1, "batch_size": 2})
     before = git_status(checkout)

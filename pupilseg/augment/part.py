@@ -62,7 +62,7 @@ class Part(ABC, Generic[Drawn]):
 
         Args:
             numbers: the part's random numbers; all of them have to be taken.
-            batch: as it was before any part.
+            batch: the batch before any part was applied.
             config: strengths.
             earlier: draws of the parts applied before this one.
         """
@@ -145,12 +145,12 @@ class HostFrame:
     Args:
         source: column -> array in the batch, never written to.
         out: column -> array in the result.
-        scratch: of the calling thread.
+        scratch: buffers of the calling thread.
 
     Attributes:
         columns: column -> current values, a view of the batch until a part writes to the column.
         out: column -> array in the result.
-        scratch: of the calling thread.
+        scratch: buffers of the calling thread.
     """
 
     def __init__(

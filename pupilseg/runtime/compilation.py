@@ -76,11 +76,11 @@ def compile_network(
     happens in this call, not in the first training step; weights and statistics keep their values.
 
     Args:
-        model: on its device, in training mode.
+        model: network in training mode, on its device.
         example: a batch of images with the shape and dtype used in training.
         objective: maps the network's output to a scalar that has a gradient.
         autocast: arguments of `torch.autocast`.
-        mode: of `torch.compile`.
+        mode: argument of `torch.compile`.
 
     Returns:
         True if the network is compiled; False, after a warning, where no compiler works.

@@ -49,10 +49,10 @@ END_TIMEOUT_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a job, seen from one of them.
+    """The ranks of a job, as seen from one process.
 
     Attributes:
-        rank: of this process, counted from 0.
+        rank: rank of this process, counted from 0.
         world_size: number of processes.
         exchange: sums CPU tensors over the processes of one machine; None uses gloo.
     """
@@ -193,7 +193,7 @@ def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ra
     sockets close.
 
     Args:
-        processes: of the job, this one included.
+        processes: number of processes in the job, including this one.
         work: function that the other processes run; picklable.
 
     Yields:

@@ -47,7 +47,7 @@ def connect_to_ranks(
     """Returns this rank's sockets, for ranks that were started by another program.
 
     Args:
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks; all of them call this.
         folder: the same existing directory for all ranks, for the names of the sockets.
         barrier: waits until all ranks have called it.
@@ -76,7 +76,7 @@ class Exchange:
     cores of one machine.
 
     Args:
-        rank: of this process.
+        rank: rank of this process.
         sockets: stream sockets that are connected to the other ranks; closed by `close`.
         timeout_s: longest wait for another rank, in seconds.
     """

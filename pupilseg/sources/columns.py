@@ -116,7 +116,7 @@ def column_array(column: ArrayColumn, array: Any, file: str, first_row: int) -> 
     Args:
         column: the expected shape and dtype.
         array: the rows, nested or flat.
-        file: for error messages.
+        file: name of the file, for error messages.
         first_row: row in the file of the first row of the batch, for error messages.
 
     Returns:

@@ -100,9 +100,9 @@ def add_spot(
         image: float32 (H, W), gray levels.
         x: column of the center.
         y: row of the center.
-        area: of the part that saturates, px.
+        area: area of the saturated part, px.
         stretch: length / width.
-        angle: of the longer axis, rad.
+        angle: direction of the longer axis, rad.
         glow: brightness; below 1 the spot is fainter at the same size.
     """
     radius = math.sqrt(area / math.pi)

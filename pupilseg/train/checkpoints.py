@@ -98,7 +98,7 @@ class CheckpointWriter:
     Files of another run of the network are removed when this one writes its first file.
 
     Args:
-        state: of the run.
+        state: state of the run.
         output_dir: receives the files that the network's `ModelEntry` names.
         on_epoch: called with each epoch's history row and its train_seconds and valid_seconds.
         on_file: called with the path of each numbered checkpoint.

@@ -78,7 +78,7 @@ class EpochMetrics:
 
     Args:
         loss_names: names of the loss terms, in the order of storage.
-        device: of the batches.
+        device: device of the batches.
 
     Attributes:
         names: meaning of each sum.

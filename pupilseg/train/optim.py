@@ -20,7 +20,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
     Args:
         step: counted from 0.
-        steps: of the whole run.
+        steps: number of steps in the run.
         peak: highest rate.
         warmup: share of the steps over which the rate rises.
     """
@@ -87,7 +87,7 @@ class WeightAverage:
     average starts at the weights after the first step instead of the initial weights.
 
     Args:
-        model: on its device, in training.
+        model: the network in training, on its device.
         average: a network with the same weights and memory format, which will hold the average.
         decay: per step.
 

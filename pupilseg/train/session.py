@@ -75,7 +75,7 @@ def train(
             the first epoch of this run has ended.
         claimed: the caller holds `claim_directory` of `output_dir`.
         limit: use the first `limit` frames of each split only.
-        threads: of each loader; None for the loader's default.
+        threads: number of threads per loader; None for the loader's default.
         track: start the trackers that the environment enables.
         on_epoch: called with each epoch's history row and its train_seconds and valid_seconds.
         stop: called after each epoch; True ends the run there.

@@ -50,7 +50,7 @@ class TrainState:
         config: the run's configuration.
         device: from `runtime.device.find_device`.
         total_steps: optimizer steps in the whole run.
-        provenance: of the weights, stored in every checkpoint.
+        provenance: provenance of the weights, stored in every checkpoint.
         ranks: the processes of the job.
         notes: stored in the training state unchanged.
         initial: model file whose weights the run starts from; None for random ones.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ELLIPSE_TERMS = ("loss", "ce_loss", "dice_loss", "center_loss", "radius_loss")
 COVER_CE_WEIGHT = 10.0
-"""Weight of cross-entropy against Dice: it is a mean over 16,000 cells, of which 300 are pupil."""
+"""Weight of cross-entropy, which is a mean over 16,000 cells, of which only 300 are pupil."""
 
 
 def cover_loss(cover: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def ellipse_loss(output: EllipseOutput, batch: Batch, alpha: float | Tensor) -> 
     L1 in units of 10 px, over frames with a pupil, 0 for others) are only reported.
 
     Args:
-        output: of the network in training mode, or with `with_map` set.
+        output: network output in training mode, or with `with_map` set.
         batch: the targets label and ellipse.
         alpha: not used; the loop passes it to every loss.
 

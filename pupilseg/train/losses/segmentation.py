@@ -35,7 +35,7 @@ def segmentation_loss(logits: Tensor, batch: Batch, alpha: float | Tensor) -> di
     """Returns CE * (1 + w) + alpha * Dice + (1 - alpha) * surface, and its terms.
 
     Args:
-        logits: of background and pupil, any float type.
+        logits: logits of background and pupil, any float dtype.
         batch: the targets label, spatial_weights and dist_map.
         alpha: from `alpha_schedule`; a tensor on the logits' device avoids a copy to CUDA.
 
