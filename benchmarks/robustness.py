@@ -69,11 +69,11 @@ def scaled(factor: float) -> Callable[[Frame], Frame]:
 CHANGES: dict[str, Callable[[Frame], Frame]] = {
     "as captured": lambda frame: frame,
     "gamma 0.8 + CLAHE": toned(gamma_clahe),
-    "equalized": toned(cv2.equalizeHist),
+    "histogram equalized": toned(cv2.equalizeHist),
     "0.6 times as bright": toned(lambda image: cv2.convertScaleAbs(image, alpha=0.6)),
     "1.7 times as bright": toned(lambda image: cv2.convertScaleAbs(image, alpha=1.7)),
     "blurred, sigma 2 px": toned(lambda image: cv2.GaussianBlur(image, (0, 0), 2)),
-    "with noise of 8 levels": toned(noisy),
+    "with added noise, sigma 8 levels": toned(noisy),
     "mirrored": lambda frame: (
         np.ascontiguousarray(frame[0][:, ::-1]),
         np.ascontiguousarray(frame[1][:, ::-1]),
