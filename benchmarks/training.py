@@ -23,12 +23,13 @@ from pupilseg.augment import augment
 from pupilseg.cli.program import main_program, positive_int
 from pupilseg.loader.loader import Batch, make_loader
 from pupilseg.models import list_models
+from pupilseg.models.ellipse import EllipseOutput
 from pupilseg.prepare import ensure_shards
-from pupilseg.runtime.device import find_device
+from pupilseg.runtime.device import fast_arithmetic, find_device
 from pupilseg.runtime.host import keep_freed_memory
 from pupilseg.shards import open_shards
 from pupilseg.train.config import TrainConfig
-from pupilseg.train.loop import train_epoch
+from pupilseg.train.loop import compile_model, train_epoch
 from pupilseg.train.metrics import predicted_mask
 from pupilseg.train.session import train
 from pupilseg.train.state import TrainState
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
 
 
 def clock(device: torch.device) -> float:
-    """Returns a clock's seconds after the device has finished its work."""
+    """Waits for the device to finish its work and returns the host's clock in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Returns the duration of some work."""
+    """Returns the duration of a call in seconds, including its work on the device."""
     started = clock(device)
     work()
     return clock(device) - started
@@ -57,21 +58,28 @@ def cloned(batch: Batch) -> Batch:
     return Batch(**{name: getattr(batch, name).clone() for name in names})
 
 
+def kept(output: torch.Tensor | EllipseOutput) -> torch.Tensor | EllipseOutput:
+    """Returns a copy of an output, because CUDA graphs overwrite theirs in the next call."""
+    if isinstance(output, tuple):
+        return EllipseOutput(*(tensor.detach().clone() for tensor in output))
+    return output.detach().clone()
+
+
 def parts_of(training: TrainState, batch: Batch) -> dict[str, Callable[[], object]]:
     """Returns the parts of a training step, to be timed separately."""
     image = batch.image.contiguous(memory_format=training.memory_format)
     alpha = training.alphas[0]
     training.model.train()
 
-    def network() -> None:
+    def network() -> torch.Tensor | EllipseOutput:
         training.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(**training.autocast):
-            output = training.model(image)
+            output: torch.Tensor | EllipseOutput = training.model(image)
         training.loss(output, batch, alpha)["loss"].backward()
+        return output
 
-    network()
+    output = kept(network())
     with torch.no_grad():
-        output = training.model(image)
         losses = training.loss(output, batch, alpha)
 
     def update() -> None:
@@ -83,7 +91,9 @@ def parts_of(training: TrainState, batch: Batch) -> dict[str, Callable[[], objec
     assert config is not None
     return {
         "forward, loss, backward": network,
-        "augmentation": lambda: augment(batch, config, training.random),
+        "augmentation": lambda: augment(
+            batch, config, training.random, compiled=training.config.compile
+        ),
         "optimizer and averages": update,
         "metrics": lambda: training.metrics.update(
             losses, predicted_mask(output), batch.label, batch.ellipse
@@ -94,7 +104,12 @@ def parts_of(training: TrainState, batch: Batch) -> dict[str, Callable[[], objec
 def measure(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
     """Prints the measurements of one network."""
     device = find_device(args.device)
-    config = TrainConfig(model=name, batch_size=args.batch_size, epochs=args.rounds + 1)
+    config = TrainConfig(
+        model=name,
+        batch_size=args.batch_size,
+        epochs=args.rounds + 1,
+        compile=not args.no_compile,
+    )
     with (
         open_shards(shards_dir / "train") as shards,
         make_loader(
@@ -104,13 +119,16 @@ def measure(name: str, shards_dir: Path, args: argparse.Namespace) -> None:
             shuffle=True,
             drop_last=True,
             limit=args.frames,
+            label_dtype=torch.uint8,  # as in training
+            compiled=not args.no_compile,
         ) as loader,
+        fast_arithmetic(device),
     ):
         steps = len(loader)
         frames = steps * args.batch_size
         training = TrainState(config, device, steps * config.epochs)
         if device.type == "cuda" and not args.no_compile:
-            training.model.compile(mode="max-autotune")
+            compile_model(training, loader)
         train_epoch(training, loader)  # warm-up of memory, threads and compilers
         batch = cloned(next(iter(loader)))
         parts = parts_of(training, batch)

@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from benchmarks.training import kept
+from pupilseg.models.ellipse import EllipseOutput
 from tests.helpers.checkpoints import model_file
 from tests.helpers.onnx_files import threshold_onnx
 from tests.helpers.paths import ROOT
@@ -48,6 +51,29 @@ from tests.helpers.paths import ROOT
     ],
 )
 def test_it_runs_and_prints(line, text, tmp_path):
+    check(line, text, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["efficientvit_tiny", "ellipse"])
+def test_training_is_measured_on_a_gpu(model, tmp_path):
+    line = f"training --model {model} --frames 16 --rounds 1 --batch-size 4 --device cuda"
+    check(line, "outside forward and backward", tmp_path)
+
+
+def test_the_training_benchmark_keeps_an_output_that_is_overwritten():
+    """As a compiled network's is by its next call, where compilation uses CUDA graphs."""
+    logits = torch.ones(2, 2, requires_grad=True)
+    ellipse = EllipseOutput(torch.ones(2, 4), torch.ones(2, 1, 1))
+    copies = kept(logits), *kept(ellipse)
+    with torch.no_grad():
+        for tensor in (logits, *ellipse):
+            tensor.zero_()
+    assert all((copy == 1).all() and not copy.requires_grad for copy in copies)
+
+
+def check(line, text, tmp_path):
+    """Runs a benchmark and looks for a text in its output."""
     if "{model}" in line:
         line = line.format(model=threshold_onnx(tmp_path / "m.onnx", 40))
     if "{weights}" in line:

@@ -61,8 +61,6 @@ class StreamFeed:
         # The host sleeps while it waits for a blocking event, instead of keeping a core busy.
         self._copied = [torch.cuda.Event(blocking=True) for _ in range(_SLOTS)]
         self._consumed = [torch.cuda.Event(blocking=True) for _ in range(_SLOTS)]
-        if options.compiled_rows:  # compiles now, not in the first batch; any bytes can be decoded
-            self._decode(self._packed[0])
         # The slots' memory may still be in use by earlier work of the stream that allocated it.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -210,9 +210,6 @@ class ResidentFeed:
                 pool.run(partial(gather_row, layout, shards, indices, staging), len(indices))
                 for name, tensor in self._packed.items():
                     tensor[indices.start : indices.stop].copy_(staging[name][: len(indices)])
-        if options.compiled_rows:  # compiles now instead of in the first batch
-            first_rows = torch.zeros(options.compiled_rows, dtype=torch.int64, device=device)
-            self._decode(self._packed, first_rows)
 
     def batches(self, plan: IndexBatches) -> Generator[dict[str, Tensor]]:
         """Yields the batches."""

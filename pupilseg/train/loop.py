@@ -1,7 +1,7 @@
-"""The training loop, which every training program runs.
+"""The training loop of all training programs.
 
 Everything random is a function of (seed, epoch, step). Losses, metrics and the choice of the best
-epoch stay on the device, so that within an epoch the host waits for nothing; `CheckpointWriter`
+epoch stay on the device, so that the host never waits for it within an epoch; `CheckpointWriter`
 reads them back while the next epoch runs.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ESTIMATE_STEPS = 5
-"""Steps from which the time of an epoch is estimated."""
+"""Number of steps that are timed to estimate the time of an epoch."""
 
 
 def fit(
@@ -51,7 +51,7 @@ def fit(
         state: new or resumed; advanced in place.
         train_loader: shuffled batches of this rank's size.
         valid_loader: batches in order.
-        writer: of the same state.
+        writer: writer of the same state.
         stop: called after each epoch; True ends the run there.
 
     Raises:
@@ -129,7 +129,7 @@ def _warn_about_cpu(batches: tqdm[Batch], steps: int) -> Iterator[Batch]:
     """Yields batches; after the first steps, warns with the estimated time of an epoch."""
     started = time.perf_counter()
     for done, batch in enumerate(batches, start=1):
-        yield batch  # the step is made before the next line
+        yield batch  # the consumer runs the training step before the next line
         if done == min(ESTIMATE_STEPS, steps):
             seconds = (time.perf_counter() - started) / done * steps
             batches.clear()
@@ -177,8 +177,9 @@ def evaluate(
 
 
 def compile_model(state: TrainState, loader: Loader) -> None:
-    """Compiles the network for the loader's batches."""
+    """Compiles the decoding of the loader's batches, and the network for them."""
     batch = next(iter(loader))
+    loader.wait_s = 0.0  # that was the compilation of the decoding
     image = batch.image.contiguous(memory_format=state.memory_format)
 
     def objective(output: Any) -> Tensor:

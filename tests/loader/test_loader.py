@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from benchmarks.loader import device_speeds
 from pupilseg.errors import DataError, UsageError
