@@ -46,7 +46,7 @@ class RankedBatchNorm(nn.BatchNorm2d):
     momentum: float
 
     def __init__(self, norm: nn.BatchNorm2d, ranks: Ranks) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        super().__init__(norm.num_features, norm.eps, norm.momentum, device=norm.weight.device)
         self.load_state_dict(norm.state_dict())
         self._ranks = ranks
 

@@ -37,8 +37,9 @@ def in_ranks(function, folder, *arguments, world_size=2):
 
 def _rank(rank, world_size, folder, function, arguments):
     torch.set_num_threads(1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= world_size else "gloo"
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
     torch.save(function(Ranks(rank, world_size), *arguments), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -90,34 +91,44 @@ def test_batches_that_cannot_be_divided_are_refused():
         Ranks(0, 2).share_of(7)
 
 
-def _normalize(ranks, image, upstream):
+def test_a_batch_norm_stays_on_its_device():
+    (norm,) = synchronize_norms(nn.Sequential(nn.BatchNorm2d(3, device="meta")), Ranks(0, 2))
+    assert type(norm) is RankedBatchNorm
+    assert {value.device.type for value in norm.state_dict().values()} == {"meta"}
+
+
+def _normalize(ranks, image, upstream, name="cpu"):
     """Forward, backward and statistics of a batch norm over this rank's half."""
+    device = torch.device(name, ranks.rank) if name == "cuda" else CPU
     torch.manual_seed(1)
     norm = nn.BatchNorm2d(3)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.uniform_(-1, 1)
-    model = synchronize_norms(nn.Sequential(norm), ranks)
-    image = image[ranks.rank :: ranks.world_size].clone().requires_grad_()
+    model = synchronize_norms(nn.Sequential(norm).to(device), ranks)
+    image = image[ranks.rank :: ranks.world_size].to(device, copy=True).requires_grad_()
     out = model(image)
-    (out * upstream[ranks.rank :: ranks.world_size]).sum().backward()
+    (out * upstream[ranks.rank :: ranks.world_size].to(device)).sum().backward()
     return {
         "kind": type(model[0]) is RankedBatchNorm,
-        "out": out.detach(),
-        "image": image.grad,
-        "weight": model[0].weight.grad,
-        "bias": model[0].bias.grad,
-        "state": dict(model.state_dict()),
+        "out": out.detach().cpu(),
+        "image": image.grad.cpu(),
+        "weight": model[0].weight.grad.cpu(),
+        "bias": model[0].bias.grad.cpu(),
+        "state": {name: value.cpu() for name, value in model.state_dict().items()},
     }
 
 
-def test_batch_norm_over_two_ranks_equals_one_over_all_frames(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batch_norm_over_two_ranks_equals_one_over_all_frames(tmp_path, device):
     """Compares with torch's batch norm, at a mean whose square is imprecise in float32."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     torch.manual_seed(0)
     image = torch.randn(4, 3, 5, 7) * 0.1 + torch.tensor([0.0, 30.0, -5.0])[:, None, None]
     upstream = torch.randn_like(image)
     whole = _normalize(ALONE, image, upstream)
-    parts = in_ranks(_normalize, tmp_path, image, upstream)
+    parts = in_ranks(_normalize, tmp_path, image, upstream, device)
     assert not whole["kind"]
     for rank, part in enumerate(parts):
         assert part["kind"]

@@ -576,6 +576,44 @@ def test_a_gpu_reaches_the_same_result_as_a_cpu(loaders, tmp_path, name):
         assert cuda["train_loss"] == pytest.approx(cpu["train_loss"], rel=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes", [{"compile": True}, {"amp": True}, {"amp": True, "amp_dtype": "float16"}], ids=str
+)
+@every_model
+def test_compilation_and_mixed_precision_change_losses_little(
+    loaders, tmp_path, caplog, name, changes
+):
+    plain = TrainConfig(
+        model=name, epochs=2, batch_size=BATCH, lr=LR, augment=None, amp=False, compile=False
+    )
+    device = torch.device("cuda")
+    histories = []
+    for config in (plain, replace(plain, **changes)):
+        out = tmp_path / str(len(histories))
+        histories.append(train_with(config, loaders(device=device), out, device=device).history)
+    for expected, found in zip(*histories, strict=True):
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+    assert "is not compiled" not in caplog.text
+
+
+@pytest.mark.gpu
+@every_model
+def test_a_run_on_a_gpu_resumes_with_its_moments(loaders, tmp_path, name):
+    """Fused AdamW would pair the contiguous moments of a file with the wrong weights."""
+    config = TrainConfig(model=name, epochs=3, batch_size=BATCH, lr=LR, amp=False, compile=False)
+    device = torch.device("cuda")
+    whole = train_with(config, loaders(device=device), tmp_path / "a", device=device)
+    out = tmp_path / "b"
+    stops = iter([True])
+    train_with(config, loaders(device=device), out, device=device, stop=lambda: next(stops))
+    again = train_with(
+        config, loaders(device=device), out, device=device, resume=state_of(out, name)
+    )
+    for expected, found in zip(whole.history, again.history, strict=True):
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+
+
 # Errors that a user can cause
 
 
