@@ -1,4 +1,4 @@
-"""The command `download`: makes a data source available once."""
+"""The command `download`: downloads a data source."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     parser.epilog = FORMS
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--source", required=True, help="the data source, see below")
+    parser.add_argument("--source", required=True, help="data source; see below")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
     parser.add_argument("--out", required=True, type=Path, help="output directory, one per source")
     parser.add_argument(
         "--augmented-train",
         action=switch,
         default=default.augmented_train,
-        help="keep rows named *_flip, *_blur, *_lines in train (default: yes)",
+        help="keep rows named *_flip, *_blur or *_lines in train (default: yes)",
     )
     parser.add_argument(
         "--augmented-validation",
@@ -34,21 +34,21 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resize",
         default=default.resize,
-        help="letterbox or stretch frames that are not 400 x 640 (default: %(default)s)",
+        help="letterbox or stretch: how to resize frames to 400 x 640 (default: %(default)s)",
     )
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=default.validation_fraction,
-        help="share held out if the source has no splits (default: %(default)s)",
+        help="fraction held out for validation if the source has no splits (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=default.seed, help="series of rendered eyes (default: 0)"
+        "--seed", type=int, default=default.seed, help="seed of rendered eyes (default: 0)"
     )
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Downloads the source unless that was done before, and prints the number of frames."""
+    """Downloads the source if necessary, and prints the number of frames."""
     from pupilseg.files import read_json
     from pupilseg.sources import SourceOptions, download
 
@@ -61,5 +61,5 @@ def _run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    description="Download a data source once.", extras="data", add_flags=_add_flags, run=_run
+    description="Download a data source.", extras="data", add_flags=_add_flags, run=_run
 )

@@ -1,4 +1,4 @@
-"""The command `evaluate`: scores a model on a split, and writes a report with pictures."""
+"""The command `evaluate`: scores a model on a split and writes a report."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "and report.html",
     )
     parser.add_argument(
-        "--history", type=Path, help="history file of the training run, drawn in the report"
+        "--history", type=Path, help="history file of the training run, to plot in the report"
     )
     parser.add_argument(
         "--device",
-        help="for torch: auto, cpu, cuda, cuda:N or mps (default: auto: cuda if available)",
+        help="auto, cpu, cuda, cuda:N or mps, for torch (default: auto, cuda if available)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="frames per batch (default: %(default)s)"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Evaluates, and prints a summary and the report's path."""
+    """Evaluates the model and prints a summary and the path of the report."""
     from pupilseg.evaluate.evaluation import evaluate_model
 
     metrics = evaluate_model(

@@ -22,13 +22,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="DIR",
-        help="shards of the validation split; calibrates confidence to the probability that the "
-        "center is within 5 px (default: a raw score)",
+        help="calibrate the confidence on the shards of the validation split, so that it is the "
+        "probability that the center is within 5 px (default: a raw score)",
     )
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Exports, and prints the size and the largest difference."""
+    """Exports the network and prints the file size and the largest difference from torch."""
     from pupilseg.export import export_model
 
     report = export_model(args.model, args.out, calibrate_on=args.calibrate)

@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
 PIPELINE = {
     "download": "download a data source",
-    "materialize": "build the shards of a downloaded source",
+    "materialize": "build shards from a downloaded source",
     "train": "train a network",
     "evaluate": "score a model and write a report",
     "export": "export a trained network to ONNX or safetensors",
 }
-"""Commands that are stages of the pipeline too, each defined as `COMMAND` in a module of its name.
-The module is imported only to run the command: the other commands need neither torch nor pyarrow.
-"""
+"""Commands that are also stages of the pipeline; each is `COMMAND` in the module of that name.
+
+The module is imported only to run its command, because the other commands need neither torch nor
+pyarrow."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code.
 
     Args:
-        argv: without the program's name; None takes `sys.argv`.
+        argv: arguments without the program name; None uses `sys.argv`.
 
     Returns:
-        0 success; 1 an error in data, disk or network, or an unreadable file among several; 2 an
-        invalid request; 130 interrupted.
+        0: success. 1: an error in data, disk or network, or a file that could not be read.
+        2: invalid arguments. 130: interrupted.
     """
     try:
         main_program(lambda: _command(argv))
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str] | None) -> int:
-    # pupilseg reports errors in files itself. OpenCV reads these variables when it is imported.
+    # pupilseg itself reports errors in files. OpenCV reads these variables when it is imported.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     words = sys.argv[1:] if argv is None else argv
@@ -56,7 +57,7 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """Returns the parser, with the flags of the pipeline's command that `words` start with."""
+    """Returns the parser, with the flags of the pipeline command that `words` starts with."""
     parser = argparse.ArgumentParser(
         prog="pupilseg", description="Find the pupil in near-infrared eye images."
     )
@@ -72,13 +73,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
     upload = commands.add_parser(
         "upload-run",
-        help="send to MLflow what it lacks of a training run",
-        description="Compares training runs with their MLflow server, sends the metrics, files and "
-        "status that it lacks because it was down or the process was killed, and closes the runs. "
-        "Set MLFLOW_TRACKING_URI if the server has another address now.",
+        help="send data of a training run that MLflow is missing",
+        description="Compares training runs with their MLflow server, sends the missing metrics, "
+        "files and status (because the server was down or the process was killed), and closes the "
+        "runs. Set MLFLOW_TRACKING_URI if the address of the server has changed.",
     )
     upload.add_argument(
-        "path", type=Path, help="directory with checkpoints, or a *_mlflow_run.json in one"
+        "path", type=Path, help="directory with checkpoints, or a *_mlflow_run.json file in it"
     )
     upload.set_defaults(command=_upload_run)
     return parser
@@ -88,7 +89,7 @@ def _upload_run(args: argparse.Namespace) -> int:
     from pupilseg.tracking.upload import upload
 
     lines = upload(args.path, os.environ.get("MLFLOW_TRACKING_URI"))
-    for line in lines or [f"{args.path}: nothing left to send"]:
+    for line in lines or [f"{args.path}: nothing to send"]:
         print(line)
     return 0
 

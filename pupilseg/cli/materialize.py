@@ -1,4 +1,4 @@
-"""The command `materialize`: builds the shards of a downloaded source."""
+"""The command `materialize`: builds shards from a downloaded source."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--preprocessing",
         default=NONE,
         choices=list(PREPROCESSINGS),
-        help="applied to each image unless the source already did (default: %(default)s)",
+        help="preprocessing of each image, unless the source has applied it (default: %(default)s)",
     )
     parser.add_argument(
         "--max-bad",
         type=int,
         default=0,
-        help="bad samples per split that are skipped, counted and named (default: 0)",
+        help="maximum number of bad samples to skip and report per split (default: 0)",
     )
     parser.add_argument(
         "--rows-per-shard",
         type=int,
-        help=f"default: {ROWS_PER_SHARD}, doubled until a split has at most {MAX_FILES} files",
+        help=f"samples per file (default: {ROWS_PER_SHARD}, doubled until a split has at most "
+        f"{MAX_FILES} files)",
     )
 
 
@@ -64,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    description="Build the shards of a downloaded source. An interrupted run resumes.",
+    description="Build shards from a downloaded source. An interrupted run is resumed.",
     extras="data",
     add_flags=_add_flags,
     run=_run,

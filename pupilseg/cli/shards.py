@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_shards_command(commands: argparse._SubParsersAction[Any]) -> None:
-    """Adds `shards` with its actions to the commands of `pupilseg`."""
+    """Adds the command `shards` and its actions to the parser of `pupilseg`."""
     shards = commands.add_parser("shards", help="inspect shards")
     actions = shards.add_subparsers(required=True, metavar="ACTION")
     for name, function, text in (
@@ -26,11 +26,13 @@ def add_shards_command(commands: argparse._SubParsersAction[Any]) -> None:
         action.add_argument("dir", type=Path, help="a split, e.g. DIR/train")
         action.set_defaults(command=function)
         if name == "show":
-            action.add_argument("--index", type=int, default=0, help="default: %(default)s")
+            action.add_argument(
+                "--index", type=int, default=0, help="sample number (default: %(default)s)"
+            )
             action.add_argument(
                 "--out",
                 type=Path,
-                help="PNG or JPEG file (default: SPLIT-INDEX.png in the current folder)",
+                help="PNG or JPEG file to write (default: SPLIT-INDEX.png in this directory)",
             )
 
 

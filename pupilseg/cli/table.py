@@ -6,7 +6,7 @@ from typing import Any
 
 
 def print_table(lines: dict[str, Any]) -> None:
-    """Prints headings and values, one per line; a mapping as a value has one line per entry."""
+    """Prints one heading and value per line; a dictionary as a value gets one line per entry."""
     width = max(len(heading) for heading in lines) + 2
     for heading, value in lines.items():
         texts = [value]

@@ -1,4 +1,4 @@
-"""The command `train`, and its forms for the pipeline and for the local scripts."""
+"""The command `train`, and its variants for the pipeline and the local scripts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",
         type=lambda text: Path(text).expanduser(),
-        help=f"directory for one data set, filled on first use (default: {DATA_DIR})",
+        help=f"directory for the data set, filled on first use (default: {DATA_DIR})",
     )
     parser.add_argument(
         "--dataset",
@@ -49,7 +49,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preprocessing",
         choices=list(PREPROCESSINGS),
-        help=f"applied once to each image (default: {NONE})",
+        help=f"preprocessing of the images (default: {NONE})",
     )
 
 
@@ -108,13 +108,11 @@ def _run(args: argparse.Namespace) -> int:
     ]
     if args.shards is None or not given:
         return _run_local(args, args.model)
-    raise UsageError(
-        f"--shards {args.shards} is trained on as it is; leave out {' and '.join(given)}"
-    )
+    raise UsageError(f"--shards {args.shards} contains built shards; omit {' and '.join(given)}")
 
 
 def _find_shards(args: argparse.Namespace) -> Path:
-    """Returns the directory of the shards; downloads and builds them on first use."""
+    """Returns the directory of the shards, which are downloaded and built on first use."""
     from pupilseg.prepare import DATASET, ensure_shards
     from pupilseg.preprocess import NONE
 
@@ -129,14 +127,14 @@ def _find_shards(args: argparse.Namespace) -> Path:
 
 
 COMMAND = Command(
-    description="Train a network, on a data set that is downloaded and materialized on first use, "
-    "or on materialized shards.",
+    description="Train a network on a data set, which is downloaded and converted to shards on "
+    "first use, or on existing shards.",
     extras="train",
     add_flags=_add_all_flags,
     run=_run,
 )
 STAGE = Command(
-    description="Train a network on materialized shards.",
+    description="Train a network on existing shards.",
     extras="train",
     add_flags=_add_stage_flags,
     run=_run_stage,
@@ -144,7 +142,7 @@ STAGE = Command(
 
 
 def local_command(model: str) -> Command:
-    """Returns the command of a local training script."""
+    """Returns the command for a local training script."""
     return Command(
         description=f"Train {model} on this machine.",
         extras="train",

@@ -1,7 +1,7 @@
-"""Flags of a training run, made from the fields of its configuration.
+"""Flags of a training run, generated from the fields of its configuration.
 
-`pipeline.train`, the local scripts and `modal run` all use this declaration. This module imports
-neither torch nor NumPy, because `modal run` parses its flags on a machine with modal alone.
+`pipeline.train`, the local scripts and `modal run` share these flags. This module imports neither
+torch nor NumPy, because `modal run` parses flags on machines where only modal is installed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from dataclasses import Field
 
 LATEST = "latest"
-"""Value of `--resume` without a file: the training state in the output directory."""
+"""Value of `--resume` without a file: use the training state in the output directory."""
 AUGMENT = "augment_"
-"""Prefix of the names of flags for `AugmentConfig`."""
+"""Prefix of the flags for `AugmentConfig`."""
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +31,15 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
     add_start_flags(parser)
     parser.add_argument(
-        "--device", help="auto, cpu, cuda, cuda:N or mps (default: auto: cuda if available)"
+        "--device",
+        help="auto, cpu, cuda, cuda:N or mps (default: auto, cuda if available)",
     )
     parser.add_argument(
         "--processes",
         type=positive_int,
         metavar="N",
-        help="processes that share each batch on a CPU (default: one per core, or a single one for "
-        "runs of less than half a minute)",
+        help="processes that share each batch on a CPU (default: one per core, or 1 for runs "
+        "shorter than half a minute)",
     )
     parser.add_argument(
         "--threads",
@@ -56,19 +57,19 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the run of this network in the output directory; its files are removed when "
-        "the first epoch of the new run has ended",
+        help="replace the run of this network in the output directory; its files are removed after "
+        "the first epoch of the new run",
     )
 
 
 def add_start_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags besides the configuration that containers accept too."""
+    """Adds the flags outside the configuration that are also valid in containers."""
     parser.add_argument(
         "--init",
         type=Path,
         metavar="FILE",
         help="start from the weights of a model file (*.pt, *.safetensors), or from released "
-        f"weights: {PRETRAINED}",
+        f"weights ({PRETRAINED})",
     )
     parser.add_argument(
         "--limit", type=positive_int, metavar="N", help="use the first N frames of each split"
@@ -77,8 +78,8 @@ def add_start_flags(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=whole_number,
         metavar="N",
-        help="threads that load data; there are no worker processes, and 0 loads in the training "
-        "thread (default: as many as torch uses, at most 4)",
+        help="number of threads that load data, instead of worker processes; 0 loads data in the "
+        "training thread (default: the number of torch threads, at most 4)",
     )
     parser.add_argument(
         "--no-mlflow",
@@ -89,7 +90,7 @@ def add_start_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag per field of `TrainConfig` and `AugmentConfig`; a flag left out is None."""
+    """Adds one flag per field of `TrainConfig` and `AugmentConfig`; omitted flags are None."""
     cuda = parser.add_argument_group("CUDA performance")
     types = get_type_hints(TrainConfig)
     for field in _option_fields():
@@ -99,7 +100,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     augment.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        help="change the training frames at random (default: on)",
+        help="augment the training frames (default: on)",
     )
     types = get_type_hints(AugmentConfig)
     for field in fields(AugmentConfig):
@@ -107,7 +108,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _option_fields() -> list[Field[Any]]:
-    """Returns the fields of `TrainConfig` that are flags of their own."""
+    """Returns the fields of `TrainConfig` that have a flag."""
     return [field for field in fields(TrainConfig) if "help" in field.metadata]
 
 
@@ -130,10 +131,10 @@ def _add_flag(group: Any, name: str, hint: Any, field: Field[Any]) -> None:
 
 
 def config_from(args: argparse.Namespace, model: str) -> TrainConfig:
-    """Makes a configuration from the flags of `add_config_flags`.
+    """Creates a configuration from the flags of `add_config_flags`.
 
     Args:
-        args: parsed.
+        args: the parsed command line.
         model: name in `pupilseg.models`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Runs a training command, from its parsed flags to its exit code."""
+"""Runs a training command with parsed flags."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 FRAME_S = 0.045
-"""Seconds per training frame on one core (docs/benchmarks.md)."""
+"""Estimated seconds per training frame on one core (docs/benchmarks.md)."""
 SHORT_RUN_S = 30.0
-"""Estimated time below which a run has one process: others take 3 s to start."""
+"""Runs estimated to be shorter use one process, because starting others takes 3 s."""
 
 
 def run_training(
@@ -47,16 +47,17 @@ def run_training(
     print_line: Callable[[str], None],
     output_flag: str = "--output-dir",
 ) -> int:
-    """Trains as the flags of `add_train_flags` request; returns the exit code.
+    """Trains a network according to the flags of `add_train_flags`; returns the exit code.
 
     Args:
         args: the parsed flags.
         model: name in `pupilseg.models`.
         output_dir: receives the checkpoints.
-        find_shards: returns the directory with train/ and validation/, after creating it if
-            necessary. Called after all flags were checked, so that a wrong one costs no download.
-        print_line: prints a line.
-        output_flag: the flag that sets `output_dir`, for messages.
+        find_shards: returns the directory with train/ and validation/, which it creates if
+            necessary. Called after all flags have been checked, so that no data is downloaded for
+            an invalid flag.
+        print_line: prints a line of output.
+        output_flag: flag that sets `output_dir`, for messages.
 
     Raises:
         PupilSegError: the run cannot start or continue.
@@ -125,21 +126,21 @@ def run_training(
 def _log_num_workers(threads: int | None) -> None:
     if threads is not None:
         log.info(
-            "--num-workers %d: data are loaded by %s; there are no worker processes",
+            "--num-workers %d: data is loaded by %s, without worker processes",
             threads,
             f"{threads} threads" if threads else "the training thread",
         )
 
 
 def _train_rank(work: Callable[..., object], threads: int, ranks: Ranks) -> None:
-    """Trains in another process than the first."""
+    """Trains in a process other than the first."""
     keep_freed_memory()
     torch.set_num_threads(threads)
     work(ranks=ranks)
 
 
 def _choose_processes(args: argparse.Namespace, config: TrainConfig, shards: Path) -> int:
-    """Returns how many processes train on this machine, and logs the reason.
+    """Returns the number of training processes on this machine, and logs the reason.
 
     Raises:
         UsageError: `--processes` does not divide the batch size.
@@ -154,11 +155,14 @@ def _choose_processes(args: argparse.Namespace, config: TrainConfig, shards: Pat
     processes = max(n for n in range(1, cores + 1) if batch_size % n == 0)
     seconds = config.epochs * frames * FRAME_S
     if processes > 1 and seconds < SHORT_RUN_S:
-        log.info("one process: the run takes about %.0f s, others seconds to start", seconds)
+        log.info(
+            "one process: the run takes about %.0f s, and more processes take seconds to start",
+            seconds,
+        )
         return 1
     log.info(
-        "%d of %d CPU cores are used, one process each, which share batches of %d frames; change "
-        "this with --processes N or --threads N",
+        "using %d of %d CPU cores, with one process each, which share batches of %d frames; to "
+        "change this, pass --processes N or --threads N",
         processes,
         cores,
         batch_size,
@@ -168,7 +172,7 @@ def _choose_processes(args: argparse.Namespace, config: TrainConfig, shards: Pat
 
 @contextmanager
 def _resume_hint(output_dir: Path, model: str) -> Iterator[None]:
-    """Adds to an error of a full disk the flag that the same command needs the next time."""
+    """Adds the flag needed to run the command again to the error for a full disk."""
     try:
         yield
     except OutputError as error:
@@ -191,7 +195,9 @@ def _resume_file(args: argparse.Namespace, model: str, output_dir: Path) -> Path
     if args.resume != LATEST:
         return Path(args.resume)
     if args.overwrite:
-        raise UsageError("--resume continues the run that --overwrite removes; pass one of them")
+        raise UsageError(
+            "--resume continues the run that --overwrite removes; pass only one of them"
+        )
     path = output_dir / model_entry(model).state_file
     if not path.exists():
         left = run_files(output_dir, model)

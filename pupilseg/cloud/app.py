@@ -1,9 +1,9 @@
-"""Modal apps: hardware, images and volumes, and the functions that run in containers.
+"""Modal apps: hardware, images, volumes, and the functions that run in containers.
 
-The only module that imports modal. It is imported on a machine with nothing but modal installed,
-for the command line, and in the container, where modal looks its functions up by name. Its own
-imports are therefore the standard library, modal and light modules of pupilseg; `cloud.jobs`, which
-needs more, is imported in the functions.
+This is the only module that imports modal. It is imported on the local machine, where only modal
+may be installed, and in the container, where modal finds its functions by name. It therefore
+imports only the standard library, modal, and light modules of pupilseg. `cloud.jobs`, which needs
+more packages, is imported inside the functions.
 
 Volume openeds-dataset-cache  data directories: shards/ and raw/, with the download
 Volume pupilseg-checkpoints   one folder per run, with the files of a local run and result.json
@@ -28,40 +28,41 @@ if TYPE_CHECKING:
 
 PYTHON = "3.11"
 SYSTEM_LIBRARIES = ("libgl1", "libglib2.0-0")
-"""Libraries that OpenCV's wheel links to and a slim image lacks."""
+"""Libraries that OpenCV's wheel needs and the slim image lacks."""
 PACKAGES = (
     "filelock", "numpy", "opencv-python", "pyarrow", "tqdm", "PyYAML",
     "torch", "safetensors", "huggingface_hub", "mlflow", "matplotlib",
     "onnx", "onnxscript", "onnxruntime",
 )  # fmt: skip
-"""Packages of the image, with the versions of constraints.txt."""
+"""Packages in the image, with the versions in constraints.txt."""
 HOME = Path(__file__).resolve().parents[2]
-"""The checkout; in the container /root, where Modal puts source."""
+"""The checkout; /root in a container, where Modal places the source."""
 CONTAINER_HOME = "/root"
 PARAMS = "params.yaml"
 CONSTRAINTS = "constraints.txt"
 DATA_VOLUME = "openeds-dataset-cache"
 DATA = "/data"
-"""Where containers mount `DATA_VOLUME`."""
+"""Mount point of `DATA_VOLUME` in containers."""
 CHECKPOINT_VOLUME = "pupilseg-checkpoints"
 CHECKPOINTS = "/checkpoints"
-"""Where containers mount `CHECKPOINT_VOLUME`."""
+"""Mount point of `CHECKPOINT_VOLUME` in containers."""
 HOUR = 3600
 COMMIT_SECONDS = 10
-"""A lost container costs at most this much training, besides the current epoch."""
+"""Minimum time between commits of the checkpoint volume. A lost container loses at most this much
+training in addition to the current epoch."""
 CPU_WORKERS = 8
 """CPU cores of a container that prepares data."""
 GPU_WORKERS = 4
 """CPU cores of a container that trains."""
 BUILDERS = 5
-"""Containers that build shards at the same time; limits the cost per hour."""
+"""Maximum number of containers that build shards at the same time, to limit the cost per hour."""
 
 data_volume = modal.Volume.from_name(DATA_VOLUME, create_if_missing=True)
 checkpoint_volume = modal.Volume.from_name(CHECKPOINT_VOLUME, create_if_missing=True)
 
 
 def make_image() -> modal.Image:
-    """Returns the image: pinned packages, the local source of this library, and `params.yaml`."""
+    """Returns the image, with pinned packages, the local source of pupilseg, and `params.yaml`."""
     lines = (HOME / CONSTRAINTS).read_text(encoding="utf-8").splitlines()
     versions = dict(line.split("==") for line in lines)
     constraints = f"{CONTAINER_HOME}/{CONSTRAINTS}"
@@ -79,7 +80,7 @@ def make_image() -> modal.Image:
 
 
 class TrainingApp(NamedTuple):
-    """An app that trains one network. Scripts unpack it, because modal looks for global names."""
+    """An app that trains one network. Scripts unpack it because modal looks for global names."""
 
     app: modal.App
     prepare: modal.Function[..., Any, Any]
@@ -101,7 +102,7 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
     """Returns the app that trains a network.
 
     Hardware and secrets must be known when the app is created, so the command line is parsed here,
-    before modal calls the entrypoint. Errors and `--help` end the program here too.
+    before modal calls the entrypoint. Invalid flags and `--help` therefore end the program here.
 
     Args:
         model: name in `pupilseg.models`.
@@ -112,7 +113,7 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
         args, flags = client.parse_training(model, words, DATA_VOLUME, CHECKPOINT_VOLUME)
     tracking = enabling_variables() if args.mlflow else {}
     if not tracking and not args.secret:
-        flags = [*flags, "--no-mlflow"]  # the container would repeat the warning
+        flags = [*flags, "--no-mlflow"]  # avoids a second warning from the container
 
     def main(*_words: str) -> None:
         with client.errors_reported():
@@ -134,7 +135,7 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
 
     app = modal.App(f"pupilseg-{model.replace('_', '-')}", image=make_image(), include_source=False)
     secrets = _secrets(args.secret)
-    # Modal applies secrets in order: one that the user names has precedence over this shell.
+    # Modal applies secrets in order, so secrets named by the user override those of this shell.
     local = [modal.Secret.from_dict(dict(tracking))] if tracking else []
     prepare = app.function(secrets=secrets, **_ON_CPU)(prepare_data)
     train = app.function(
@@ -153,15 +154,15 @@ def training_app(model: str, argv: Sequence[str]) -> TrainingApp:
 def _entrypoint(app: modal.App, main: Callable[..., None]) -> modal.app.LocalEntrypoint:
     """Makes a local function the app's entrypoint; its `*words` let modal accept any flag.
 
-    Modal refuses functions whose qualified name a container could not import, but an entrypoint
-    never leaves this machine.
+    Modal rejects functions whose qualified name a container could not import. An entrypoint only
+    runs on this machine, so its qualified name is replaced.
     """
     main.__qualname__ = main.__name__
     return app.local_entrypoint()(main)
 
 
 def _remote_data(args: argparse.Namespace) -> tuple[str | None, str]:
-    """Returns the data set and the volume's folder that were requested."""
+    """Returns the requested data set and folder of the volume."""
     return client.remote_dataset(args.dataset, DATA_VOLUME), client.folder_prefix(args.data_dir)
 
 
@@ -224,7 +225,7 @@ def prepare_data(
     folder: str,
     rows_per_shard: int | None = None,
 ) -> dict[str, Any]:
-    """Checks a run's flags and builds its shards in the data volume if they are missing."""
+    """Checks the flags of a run, and builds its shards in the data volume if they are missing."""
     from pupilseg.cloud import jobs
 
     data = _data(dataset, folder, CPU_WORKERS, rows_per_shard)
@@ -252,7 +253,7 @@ def build_shards(
 def train_network(
     model: str, run: str, flags: list[str], dataset: str | None, folder: str
 ) -> dict[str, Any]:
-    """Trains and exports a network; a retry resumes the run of a lost container."""
+    """Trains and exports a network; a retry resumes the run after a lost container."""
     from pupilseg.cloud import jobs
 
     data = _data(dataset, folder, GPU_WORKERS)
@@ -273,7 +274,7 @@ def train_network(
 
 
 def _saved(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a job on the current content of the data volume, and commits its changes."""
+    """Runs a job on the current contents of the data volume, and commits its changes."""
     from pupilseg.cloud.jobs import as_answer
 
     data_volume.reload()
@@ -292,5 +293,5 @@ def _data(
     remove = " && ".join(
         f"modal volume rm -r {DATA_VOLUME} {folder}/{name}" for name in ("shards", "raw")
     )
-    hint = f"use another --data-dir, or remove the folder's content: {remove}"
+    hint = f"use another --data-dir, or remove the contents of the folder: {remove}"
     return Data(Path(DATA + folder), dataset, HOME / PARAMS, hint, workers, rows_per_shard)

@@ -1,7 +1,7 @@
 """The local side of `modal run`: command lines, checks, and downloading results.
 
-A machine that only starts containers needs nothing installed but modal, so this module imports the
-standard library and light modules of pupilseg only.
+A machine that only starts containers needs no package except modal, so this module imports only the
+standard library and light modules of pupilseg.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     import modal
 
 GPUS = "L40S,A100,H100"
-"""GPU types to try, in this order."""
+"""GPU types to try, in order."""
 RESULT = "result.json"
-"""Written last into a run's folder: the result of the run, and the names of its files."""
+"""File with the result of a run and the names of its files; written last to the run's folder."""
 INITIAL = "initial"
-"""Name, without suffix, of the model file in a run's folder whose weights the run starts from."""
+"""Name, without suffix, of the model file with initial weights in a run's folder."""
 _RUN_NAME = re.compile(r"\w[\w.-]*")
 
 
 def words_after(script: str, argv: Sequence[str]) -> list[str]:
-    """Returns the words of a command line that follow a script; none in a container.
+    """Returns the words after a script on a command line; empty in a container.
 
     Args:
-        script: name without folder and suffix.
+        script: name of the script without folder and suffix.
         argv: such as `modal run --detach training/train_ellipse.py --epochs 3`.
     """
     for position, word in enumerate(argv):
@@ -59,20 +59,20 @@ def parse_training(
 
     Args:
         model: name in `pupilseg.models`.
-        words: that follow the script.
-        data_volume: name, for the help text.
-        checkpoint_volume: name, for the help text.
+        words: the words after the script.
+        data_volume: name of the data volume, for the help text.
+        checkpoint_volume: name of the checkpoint volume, for the help text.
 
     Returns:
-        All flags, parsed; and those of the training run itself, as the user typed them, which the
-        container parses again.
+        All parsed flags; and the unparsed flags of the training run itself, which the container
+        parses again.
 
     Raises:
         UsageError: a value is out of range.
     """
     modal_only = _data_flags(data_volume)
     modal_only.add_argument(
-        "--gpu", default=GPUS, help="GPU types to try, in this order (default: %(default)s)"
+        "--gpu", default=GPUS, help="GPU types to try, in order (default: %(default)s)"
     )
     modal_only.add_argument(
         "--output-dir",
@@ -93,8 +93,8 @@ def parse_training(
         prog=f"modal run training/train_{model}.py",
         description=f"Train {model} on a rented GPU.",
         epilog="Flags of the group `train` in params.yaml default to the values there. The run is "
-        f"tracked if this shell sets {' and '.join(TRACKERS['mlflow'].variables)}, or if a secret "
-        "does.",
+        f"tracked if {' and '.join(TRACKERS['mlflow'].variables)} are set in this shell or by a "
+        "secret.",
         parents=[modal_only, shared],
         allow_abbrev=False,
     )
@@ -115,18 +115,18 @@ def parse_materializing(words: Sequence[str], data_volume: str) -> argparse.Name
         "--rows-per-shard",
         type=positive_int,
         metavar="N",
-        help="default: as pipeline.materialize",
+        help="samples per file (default: as for pipeline.materialize)",
     )
     return parser.parse_args(words)
 
 
 def _data_flags(data_volume: str) -> argparse.ArgumentParser:
-    """Returns a parent parser with the flags that every app has."""
+    """Returns a parent parser with the flags of all apps."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--dataset",
-        help="owner/name[@revision] or synthetic:N[@seed] (default: shards that were uploaded to "
-        "the volume, else the source in params.yaml)",
+        help="owner/name[@revision] or synthetic:N[@seed] (default: shards uploaded to the volume, "
+        "or else the source in params.yaml)",
     )
     parser.add_argument(
         "--data-dir",
@@ -143,13 +143,13 @@ def _data_flags(data_volume: str) -> argparse.ArgumentParser:
 
 
 def names(text: str) -> list[str]:
-    """Splits a list of names separated by commas."""
+    """Splits a comma-separated list of names."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @contextmanager
 def errors_reported() -> Iterator[None]:
-    """Ends the program with a message and an exit code for errors that the user can fix."""
+    """Exits with a message and an exit code on errors that the user can fix."""
     try:
         yield
     except PupilSegError as error:
@@ -158,11 +158,11 @@ def errors_reported() -> Iterator[None]:
 
 
 def warn_about_tracking(variables: Mapping[str, str], named_secrets: Sequence[str]) -> None:
-    """Warns that a run is not tracked, or that a container cannot reach its server.
+    """Warns if a run is not tracked, or if a container cannot reach the tracking server.
 
     Args:
-        variables: from `tracking.enabling_variables`.
-        named_secrets: of `--secret`; they may enable tracking too.
+        variables: result of `tracking.enabling_variables`.
+        named_secrets: value of `--secret`; secrets may enable tracking too.
     """
     for name, value in variables.items():
         if name.endswith("_URI") and is_on_this_machine(value):
@@ -180,12 +180,12 @@ def _warn(text: str) -> None:
 
 
 def is_on_this_machine(uri: str) -> bool:
-    """Returns True for a tracking URI that has another meaning on another machine.
+    """Returns True for a tracking URI that refers to this machine.
 
     These are loopback addresses, files, and plain paths.
     """
     parts = urlsplit(uri)
-    if uri == "databricks":  # a service by its name, see `mlflow.set_tracking_uri`
+    if uri == "databricks":  # the name of a service, see `mlflow.set_tracking_uri`
         return False
     if parts.scheme in ("", "file", "sqlite"):
         return True
@@ -198,7 +198,7 @@ def is_on_this_machine(uri: str) -> bool:
 
 
 def checked(answer: dict[str, Any]) -> dict[str, Any]:
-    """Returns the answer of a job in a container.
+    """Returns the answer of a job unless it is an error.
 
     Raises:
         PupilSegError: the answer is an error; the exception has its exit code.
@@ -214,11 +214,11 @@ def remote_dataset(dataset: str | None, data_volume: str) -> str | None:
     """Returns a data set that a container can read.
 
     Raises:
-        UsageError: it is a folder of this machine.
+        UsageError: it is a folder on this machine.
     """
     if dataset is not None and Path(dataset).expanduser().is_dir():
         raise UsageError(
-            f"--dataset {dataset} is a folder of this machine, which a container cannot read; "
+            f"--dataset {dataset} is a folder on this machine, which a container cannot read; "
             "build its shards here with pipeline.download and pipeline.materialize, then run: "
             f"modal volume put {data_volume} data/shards /shards"
         )
@@ -229,16 +229,16 @@ def folder_prefix(data_dir: str) -> str:
     """Returns a folder of a volume as a prefix of paths: "" or "/a/b".
 
     Raises:
-        UsageError: the path has "." or ".." in it.
+        UsageError: the path contains "." or "..".
     """
     parts = [part for part in data_dir.split("/") if part]
     if not {".", ".."}.isdisjoint(parts):
-        raise UsageError(f"--data-dir {data_dir} must be a folder of the volume, such as /trial")
+        raise UsageError(f"--data-dir {data_dir} must be a folder in the volume, such as /trial")
     return "".join(f"/{part}" for part in parts)
 
 
 def exists(volume: modal.Volume, path: str) -> bool:
-    """Returns True if a volume holds a file or folder."""
+    """Returns True if a file or folder exists in a volume."""
     at = PurePosixPath("/")
     for part in PurePosixPath("/", path).parts[1:]:
         if part not in {PurePosixPath(entry.path).name for entry in volume.listdir(str(at))}:
@@ -251,7 +251,7 @@ def run_name(model: str, resume: str | None, volume: modal.Volume, volume_name: 
     """Returns the name of the run to resume, or a new name.
 
     Raises:
-        UsageError: the run does not exist, or is one of another network.
+        UsageError: the run does not exist, or is a run of another network.
     """
     if resume is None:
         return f"{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -259,13 +259,13 @@ def run_name(model: str, resume: str | None, volume: modal.Volume, volume_name: 
         raise UsageError(f"run {resume} does not exist; see: modal volume ls {volume_name}")
     if resume.partition("-")[0] != model:
         raise UsageError(
-            f"run {resume} is not a run of {model}; pass one that begins with {model}-"
+            f"run {resume} is not a run of {model}; pass a run whose name begins with {model}-"
         )
     return resume
 
 
 def initial_file(model: str, init: str | Path) -> Path:
-    """Returns the local model file that `--init` refers to; it is uploaded for the container.
+    """Returns the local model file that `--init` refers to.
 
     Raises:
         UsageError: the file does not exist.
@@ -277,7 +277,7 @@ def initial_file(model: str, init: str | Path) -> Path:
 
 
 def upload_initial(volume: modal.Volume, run: str, path: Path) -> None:
-    """Uploads a model file into a run's folder, for the run to start from."""
+    """Uploads the model file with initial weights to a run's folder."""
     with volume.batch_upload(force=True) as batch:
         batch.put_file(path, f"/{run}/{INITIAL}{path.suffix}")
 
@@ -293,7 +293,7 @@ def result_of(volume: modal.Volume, run: str) -> dict[str, Any] | None:
 def download_files(
     volume: modal.Volume, run: str, result: Mapping[str, Any], output_dir: Path
 ) -> dict[str, Path]:
-    """Downloads a run's files into a folder; returns their paths by name.
+    """Downloads a run's files to a folder; returns their paths by name.
 
     Raises:
         OutputError: the folder cannot be written.

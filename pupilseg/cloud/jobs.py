@@ -1,8 +1,8 @@
-"""The jobs that run in containers: preparing data, training, exporting.
+"""Jobs that run in containers: preparing data, training, exporting.
 
-Volumes are folders here; this module does not depend on Modal, and tests call it directly. A job
-returns plain values. An error that the user can fix is returned too (`as_answer`): if it were
-raised, Modal would retry the job on a rented GPU.
+Volumes are folders here. This module does not depend on Modal, so tests can call it directly. A job
+returns plain values. An error that the user can fix is returned too (`as_answer`), because Modal
+would retry a job that raises, on a rented GPU.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PART = 4
-"""Shards per call of `write_shards_part`: 256 frames, or more in a large data set."""
+"""Number of shards per call of `write_shards_part`: 256 frames, or more for large data sets."""
 _COPIES = 8
-"""Files copied at the same time, because each waits for the network."""
+"""Number of files copied at the same time, since copying mostly waits for the network."""
 _GROUPS = ("download", "materialize", "train")
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The shards that a job needs, and their place.
+    """The shards that a job needs, and their location.
 
     Attributes:
         folder: data directory of `ensure_shards`.
-        dataset: see `sources.FORMS`; None for the shards in `folder`, or else the source in
-            `params`.
+        dataset: data source, see `sources.FORMS`; None uses the shards in `folder`, or else the
+            source in `params`.
         params: path of a parameter file with the groups of `params.yaml`.
-        hint: how to make room for another data set; ends error messages.
-        workers: processes that build shards.
+        hint: how to use another data set, for error messages.
+        workers: number of processes that build shards.
         rows_per_shard: see `write_shards`.
     """
 
@@ -77,7 +77,7 @@ class Data:
 
 
 def as_answer(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a job and returns its result, or `error` and `exit_code` if the user can fix it."""
+    """Runs a job; returns its result, or `error` and `exit_code` on an error the user can fix."""
     log_to_stderr()
     try:
         return job()
@@ -104,22 +104,22 @@ def read_params(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises its errors instead of ending the process."""
+    """A parser that raises errors instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def parse_flags(flags: list[str], params: Path) -> argparse.Namespace:
-    """Parses the flags of a training run; those left out come from the parameter file.
+    """Parses the flags of a training run, with defaults from the parameter file.
 
     Args:
         flags: words of the command line.
         params: path of the parameter file; each key of its group `train` is a flag.
 
     Raises:
-        UsageError: an unknown flag or a bad value.
-        DataError: as `read_params`.
+        UsageError: a flag is unknown or has an invalid value.
+        DataError: the parameter file is invalid.
     """
     parser = _Parser(prog="train", add_help=False, allow_abbrev=False)
     add_train_flags(parser)
@@ -128,13 +128,13 @@ def parse_flags(flags: list[str], params: Path) -> argparse.Namespace:
 
 
 def find_shards(data: Data) -> Path:
-    """Returns the folder with the shards of both splits; downloads and builds missing ones.
+    """Returns the folder with the shards of both splits, which are built if they are missing.
 
-    Shards that were built elsewhere and uploaded are used as they are.
+    Uploaded shards are used unchanged.
 
     Raises:
         DataError: the folder holds the shards of another data set.
-        PupilSegError: as `ensure_shards`.
+        PupilSegError: the errors of `ensure_shards`.
     """
     groups = read_params(data.params)
     options = _options(groups)
@@ -164,8 +164,8 @@ def _options(groups: dict[str, dict[str, Any]]) -> SourceOptions:
 def _uploaded_source(shards: Path) -> str | None:
     """Returns the source of complete shards that were uploaded; None if there are none.
 
-    Uploaded shards have no record (`pipeline.materialize` writes none), or one of a folder, which
-    a container cannot have read.
+    Uploaded shards have no record (`pipeline.materialize` writes none), or a record of a local
+    folder, which a container cannot read.
     """
     if not all(is_complete(shards / split) for split in SPLITS):
         return None
@@ -179,7 +179,7 @@ def _uploaded_source(shards: Path) -> str | None:
 
 
 def _names(dataset: str, source: str, options: SourceOptions) -> bool:
-    """Returns True if a requested data set is the source of shards."""
+    """Returns True if `source`, recorded in shards, is the requested data set."""
     requested = parse_source(dataset)
     if requested.kind == "synthetic" and requested.seed is None:
         return source == f"{requested}@{options.seed}"
@@ -189,7 +189,7 @@ def _names(dataset: str, source: str, options: SourceOptions) -> bool:
 
 
 def prepare(data: Data, model: str, flags: list[str]) -> dict[str, Any]:
-    """Finds a run's shards, after checking its flags: a wrong flag should not cost a download.
+    """Finds the shards of a run, after checking its flags to avoid a useless download.
 
     Returns:
         rows: number of frames by split.
@@ -202,19 +202,19 @@ def prepare(data: Data, model: str, flags: list[str]) -> dict[str, Any]:
 def train(
     data: Data, model: str, flags: list[str], run_dir: Path, print_line: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Trains a network into a run's folder and exports it; resumes an interrupted run.
+    """Trains a network, writes it to the run's folder and exports it; resumes interrupted runs.
 
     Args:
-        data: to train on.
+        data: shards to train on.
         model: name in `pupilseg.models`.
         flags: words of the command line, for `add_train_flags`.
-        run_dir: receives the files of a training run, the ONNX file and `RESULT`; may hold
+        run_dir: receives the files of a training run, the ONNX file and `RESULT`. It may contain
             `INITIAL`.
-        print_line: prints a line; called after an epoch's files are written.
+        print_line: prints a line of output; called after the files of an epoch are written.
 
     Returns:
-        model, best and onnx (file names), metrics of the best epoch, bytes and parity of the ONNX
-        file, and files (names).
+        A dictionary with model, best and onnx (file names), metrics (of the best epoch), bytes and
+        parity (of the ONNX file), and files (names).
 
     Raises:
         InterruptedError: the container is being stopped; another call resumes the run.
@@ -230,8 +230,8 @@ def train(
         log.info("resuming %s", run_dir.name)
         args.resume = str(state)
     else:
-        args.overwrite = True  # files of an attempt that ended in its first epoch
-    # Left by a lost container. Containers do not see each other's locks on a volume.
+        args.overwrite = True  # files of an attempt that was lost in its first epoch
+    # The lock file of a lost container; locks do not work across containers on a volume.
     (run_dir / LOCK_NAME).unlink(missing_ok=True)
     args.init = next(run_dir.glob(f"{INITIAL}.*"), None)
     with TemporaryDirectory(prefix="shards-") as local:
@@ -263,8 +263,8 @@ def train(
 def copy_shards(shards: Path, to: Path) -> Path:
     """Copies shards to the local disk, several files at the same time; returns the new folder.
 
-    A memory-mapped file on a network file system is read page by page, and if a split does not fit
-    on the device, again in each epoch.
+    A memory-mapped file on a network file system would be read page by page, and again in
+    each epoch if a split does not fit on the device.
     """
     begin = time.monotonic()
     pairs = []
@@ -284,7 +284,7 @@ def fetch(data: Data) -> dict[str, Any]:
     """Downloads a data set and divides it into parts for `write_shards_part`.
 
     Returns:
-        parts: (split, first shard, last shard + 1) of each; empty if the shards are complete.
+        parts: (split, first shard, last shard + 1) of each part; empty if the shards are complete.
     """
     groups = read_params(data.params)
     if all(is_complete(data.shards / split) for split in SPLITS):
@@ -298,10 +298,10 @@ def fetch(data: Data) -> dict[str, Any]:
 
 
 def write_shards_part(data: Data, split: str, start: int, stop: int) -> dict[str, Any]:
-    """Builds the shards start .. stop - 1 of a split of a downloaded data set.
+    """Builds shards start .. stop - 1 of a split of a downloaded data set.
 
     Returns:
-        rows: number of samples in them.
+        rows: number of samples in these shards.
     """
     return {"rows": write_part(_jobs(data)[split], range(start, stop), workers=data.workers)}
 

@@ -1,8 +1,9 @@
-"""The record of a run in MLflow: a JSON file beside the model.
+"""The record of an MLflow run: a JSON file in the output directory.
 
-The metrics are in the run's history file. The record adds what the history lacks: the id of the
-MLflow run, the times of the epochs, the files to upload and the status. `pupilseg upload-run` can
-thus compare the run with the server at any time, even if the process was killed.
+The metrics are in the run's history file. The record adds the data that is not in the history: the
+id of the MLflow run, the times of the epochs, the files to upload and the status. With it,
+`pupilseg upload-run` can compare the run with the server at any time, even if the process was
+killed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORD_SUFFIX = "_mlflow_run.json"
-"""Follows the name of the model in the file's name."""
+"""Suffix of the file, after the name of the model."""
 RUNNING = "RUNNING"
 
 
@@ -44,9 +45,10 @@ class LoggedFile:
     """A file to upload.
 
     Attributes:
-        path: relative to the record's directory if it lies in it, so that the directory may move.
+        path: relative to the directory of the record if it is inside it, so that the directory can
+            be moved.
         sha256: digest of the file when it was logged.
-        sent: digest of the version that the server has accepted; empty for none.
+        sent: digest of the version that the server has accepted; empty if none.
     """
 
     path: str
@@ -64,13 +66,13 @@ class RunData:
         experiment: id of the experiment.
         name: display name of the run.
         history: name of the history file.
-        earlier_history: SHA-256 of the history that an earlier run left in the folder, and whose
-            rows do not belong to this run; empty once this run has written its own.
+        earlier_history: SHA-256 of the history of an earlier run in the same directory, whose rows
+            are ignored; empty once this run has written its own.
         changed_ms: time of the last event of the run.
         status: RUNNING, FINISHED, FAILED or KILLED.
-        closed: the server has accepted the status.
-        epochs: by step, `time_ms` and the metrics that the history lacks.
-        files: by artifact path.
+        closed: True if the server has accepted the status.
+        epochs: step -> `time_ms` and the metrics that are not in the history.
+        files: artifact path -> file.
     """
 
     run_id: str
@@ -87,13 +89,13 @@ class RunData:
 
 
 class RunRecord:
-    """An open record, locked for this process; safe to use from several threads.
+    """An open record, locked by this process; thread-safe.
 
     Args:
-        path: the file; it need not exist.
+        path: path of the record, which need not exist.
 
     Attributes:
-        data: the content; None until `begin` if the file does not exist.
+        data: contents of the record; None until `begin` if the file does not exist.
 
     Raises:
         DataError: the file is not a record.
@@ -114,12 +116,12 @@ class RunRecord:
 
     @property
     def run(self) -> RunData:
-        """The content of an existing record."""
+        """The contents of an existing record."""
         assert self.data is not None
         return self.data
 
     def begin(self, data: RunData) -> None:
-        """Starts the record of a run, or resumes it if it is the one already recorded.
+        """Starts the record of a run, or resumes it if the run is already recorded.
 
         Raises:
             OutputError: the file cannot be written.
@@ -131,7 +133,7 @@ class RunRecord:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[RunData]:
-        """Yields the content to change, then writes it. A failure to write costs one warning."""
+        """Yields the contents to change, then writes them; only the first write error is logged."""
         with self._mutex:
             yield self.run
             if self._closed:
@@ -147,8 +149,8 @@ class RunRecord:
         """Returns the finite metrics in the history.
 
         Args:
-            ended: include epochs after the last that was logged, which the process did not live to
-                log. During a run they are about to be logged, with their time.
+            ended: True if the process has ended, to include epochs after the last logged one.
+                During a run, these are about to be logged with their time.
 
         Raises:
             DataError: the history is damaged.
@@ -159,7 +161,7 @@ class RunRecord:
             if not path.exists() or file_digest(path) == self.run.earlier_history:
                 return []
             last = math.inf if ended else max(map(int, self.run.epochs), default=0)
-            # Stands for the time of an epoch that was not logged.
+            # Used as the time of an epoch that was not logged.
             written_ms = 1000 * path.stat().st_mtime
             with path.open(newline="", encoding="utf-8") as file, self._mutex:
                 for row in csv.DictReader(file):
@@ -181,7 +183,7 @@ class RunRecord:
             return dict(self.run.files)
 
     def close(self) -> None:
-        """Releases the lock. The file stays; later changes are not written."""
+        """Releases the lock and keeps the file. Later changes are not written."""
         with self._mutex:
             self._closed = True
             self._held.close()

@@ -1,4 +1,4 @@
-"""Sends to an MLflow server what it lacks of training runs that have ended."""
+"""Sends missing data of finished training runs to an MLflow server."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 def upload(path: Path, uri: str | None = None) -> list[str]:
-    """Compares training runs with an MLflow server, sends what it lacks, and closes them.
+    """Compares training runs with an MLflow server, sends the missing data, and closes the runs.
 
     A run whose process was killed is closed as KILLED.
 
     Args:
-        path: a record that training wrote, or a directory that holds records.
-        uri: the server to send to; None takes the one in the record.
+        path: a record written by training, or a directory with records.
+        uri: address of the server; None uses the one in the record.
 
     Returns:
-        One line of text for each run of which something was missing.
+        One line of text for each run with missing data.
 
     Raises:
         UsageError: mlflow is not installed.
         DataError: `path` does not exist, or is another kind of file.
         LockedError: the run is still in progress.
-        TrackingError: a server does not respond, does not have a run, or did not accept a part.
-            A second call sends the rest.
+        TrackingError: a server does not respond, does not have a run, or did not accept all of the
+            data. Calling `upload` again sends the rest.
     """
     if not path.is_dir() and not (path.is_file() and path.name.endswith(RECORD_SUFFIX)):
         raise DataError(

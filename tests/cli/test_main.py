@@ -1,4 +1,4 @@
-"""The command `pupilseg`: output, exit codes, and no traceback for a user's mistake."""
+"""The command `pupilseg`: output, exit codes, and no traceback for user errors."""
 
 import csv
 import logging
@@ -137,7 +137,7 @@ def test_released_weights_are_found_by_name(model, image, tmp_path, monkeypatch,
     for name in ("efficientvit_tiny", "ellipse"):
         (weights / f"{name}.onnx").write_bytes(model.read_bytes())
     monkeypatch.chdir(tmp_path)
-    for place in ("found", "found-2"):  # an existing directory is kept
+    for place in ("found", "found-2"):  # an existing directory is not overwritten
         assert main(["predict", str(image)]) == 0
         assert capsys.readouterr().out.strip().endswith(str(Path(place, "pupil.csv")))
     assert main(["predict", str(image), "--skip-existing"]) == 0
@@ -152,7 +152,7 @@ def test_interrupted_run_prints_how_to_resume(model, image, tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pupilseg.predict.runner.predict_paths", interrupted)
-    (tmp_path / "found").mkdir()  # of an earlier run
+    (tmp_path / "found").mkdir()  # from an earlier run
     assert main(["predict", str(image), "--model", str(model)]) == 130
     assert "; resume with --out found-2 --skip-existing\n" in capsys.readouterr().err
 
@@ -219,7 +219,7 @@ def test_mistakes(words, code, message, capsys, tmp_path, monkeypatch):
 
 def test_nothing_to_upload(tmp_path, capsys):
     assert main(["upload-run", str(tmp_path)]) == 0
-    assert f"{tmp_path}: nothing left to send" in capsys.readouterr().out
+    assert f"{tmp_path}: nothing to send" in capsys.readouterr().out
 
 
 def test_output_that_cannot_be_written(model, image, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Ends of programs: a message and an exit code for user errors, a traceback for bugs."""
+"""Exit of programs: a message and an exit code for user errors, a traceback for bugs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_bug_keeps_its_traceback():
         assert "Traceback" in done.stderr
 
 
-def test_a_broken_pipe_is_no_error():
+def test_a_broken_pipe_is_not_an_error():
     command = [sys.executable, "-c", SCRIPT.format("[print('x' * 1000) for _ in range(10000)]")]
     with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as running:
         running.stdout.readline()

@@ -1,4 +1,4 @@
-"""Flags of a training run: one per field of the configuration, with its default and its checks."""
+"""Flags of a training run: one per field of the configuration, with its default and checks."""
 
 import argparse
 from dataclasses import fields
@@ -91,11 +91,11 @@ def test_the_help_text_names_every_default():
     assert "share of frames mirrored left to right (default: 0.5)" in text
 
 
-def test_learning_rate_is_another_name_of_lr():
+def test_learning_rate_is_an_alias_of_lr():
     assert config_of("--learning-rate", "0.5") == config_of("--lr", "0.5")
 
 
-def test_mixed_precision_has_a_choice_of_types(capsys):
+def test_the_type_of_mixed_precision_can_be_chosen(capsys):
     assert config_of("--amp-dtype", "bfloat16").amp_dtype == "bfloat16"
     with pytest.raises(SystemExit):
         parse("--amp-dtype", "float64")

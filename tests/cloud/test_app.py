@@ -1,4 +1,4 @@
-"""The Modal app: what it requests from Modal, its command line, and its checks of arguments."""
+"""The Modal app: its requests to Modal, its command line, and its checks of arguments."""
 
 import argparse
 import importlib.util
@@ -97,7 +97,7 @@ SERVER = {
 
 
 def test_training_gets_the_mlflow_variables_of_the_shell(load, monkeypatch):
-    """Named secrets follow: Modal gives precedence to the last one."""
+    """Named secrets come last, because Modal gives precedence to the last one."""
     made = []
     from_dict = modal.Secret.from_dict
     monkeypatch.setattr(modal.Secret, "from_dict", lambda d: made.append(d) or from_dict(d))
@@ -155,7 +155,7 @@ def test_addresses_that_a_container_cannot_reach(uri, local):
 
 
 MODAL_FLAGS = {"--dataset", "--data-dir", "--output-dir", "--resume", "--gpu", "--secret"}
-"""Flags of `modal run` that have no meaning, or another one, in a local run."""
+"""Flags of `modal run` that a local run does not have, or that mean something else there."""
 
 
 def options(parser):
@@ -165,7 +165,9 @@ def options(parser):
 def test_help_describes_each_flag(load, capsys):
     local = argparse.ArgumentParser()
     add_train_flags(local)
-    training = (options(local) - {"--device", "--processes", "--threads"}) | MODAL_FLAGS
+    training = (
+        options(local) - {"--device", "--overwrite", "--processes", "--threads"}
+    ) | MODAL_FLAGS
     materializing = {"--dataset", "--data-dir", "--rows-per-shard", "--secret"}
     scripts = {**dict.fromkeys(SCRIPTS.values(), training), MATERIALIZE: materializing}
     for script, flags in scripts.items():
@@ -178,7 +180,7 @@ def test_help_describes_each_flag(load, capsys):
 
 
 def test_training_flags_are_those_of_a_local_run():
-    """Modal's own flags stay here; all others are passed on as they were typed."""
+    """Flags for Modal are used locally; all others are passed on unchanged."""
     words = ["--epochs=3", "--gpu", "T4", "--no-compile", "--lr", "0.01", "--augment-noise=0.1"]
     args, flags = client.parse_training("ellipse", [*words, "--limit", "5", "--seed=4"], "d", "c")
     assert flags == [

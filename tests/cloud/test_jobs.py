@@ -1,4 +1,4 @@
-"""Jobs of a container, run here as they are, on folders."""
+"""The jobs that run in containers, called directly on local folders."""
 
 import os
 import re
@@ -101,7 +101,7 @@ def test_another_data_set_is_refused_with_a_hint(data):
 
 
 def test_uploaded_shards_are_used(data, tmp_path):
-    """`pipeline.materialize` writes no record beside them."""
+    """`pipeline.materialize` writes no record for them."""
     write_splits(data.raw, tmp_path / "shards", workers=1, progress=False)
     before = stamps(tmp_path)
     for dataset in (None, SOURCE):

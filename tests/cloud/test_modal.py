@@ -1,4 +1,4 @@
-"""Whole commands of the Modal client, against a stand-in for Modal's servers."""
+"""Runs commands of the Modal client against a stand-in for Modal's servers."""
 
 import hashlib
 import re
@@ -34,7 +34,7 @@ def modal_server(tmp_path):
 
 
 def called(server):
-    """Returns the functions called since the last time, and forgets them."""
+    """Returns the functions called since the last time, and clears the list."""
     names = [call.function.name for call in server.calls]
     server.calls.clear()
     return names
@@ -93,12 +93,12 @@ def test_a_run_survives_its_container_and_can_be_fetched_again(clone, tmp_path, 
     attempts = [(c.function.name, c.inputs[0].attempts) for c in modal_server.calls]
     assert attempts == [("prepare_data", 1), ("train_network", 2)]
 
-    # It started from the weights of a local file, which are not part of its result.
+    # It starts from the weights of a local file, which are not part of its result.
     card = read_card(tmp_path / "first" / "best_ellipse_model.pt")
     assert card.init.endswith(hashlib.sha256(initial.read_bytes()).hexdigest())
     assert not list((tmp_path / "first").glob("initial*"))
 
-    # A second run prepares nothing, and its secret reaches the container.
+    # A second run does not prepare data again, and its secret reaches the container.
     modal_server.calls.clear()
     before = stamps(modal_server.volume(DATA))
     values = ("MLFLOW_TRACKING_URI=http://127.0.0.1:9", "MLFLOW_EXPERIMENT_ID=1")

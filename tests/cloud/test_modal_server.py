@@ -1,4 +1,4 @@
-"""The stand-in for Modal's servers: what its containers see, and when it stops them."""
+"""The stand-in for Modal's servers: isolation and lifetime of its containers."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The record of an MLflow run: what is logged is on disk at once."""
+"""The record of an MLflow run: logged data is written to disk immediately."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def write_history(record, text="epoch,loss,center_px\n1,0.5,nan\n2,0.25,3\n"):
 
 
 def test_each_change_is_written_at_once(record):
-    """A killed process needs no close."""
+    """A killed process does not have to call close."""
     with record.change() as run:
         run.epochs["1"] = {"time_ms": 10, "train_seconds": 1 / 3}
         run.files["plots/x.png"] = LoggedFile("x.png", "12")
@@ -89,7 +89,7 @@ def test_metrics_come_from_the_history_and_times_from_the_record(record):
     assert {metric.step for metric in record.metrics(ended=False)} == {1}
 
 
-def test_the_history_of_an_earlier_run_is_not_of_this_one(path):
+def test_the_history_of_an_earlier_run_is_ignored(path):
     record = RunRecord(path)
     record.begin(data())
     history = write_history(record)
