@@ -1,5 +1,6 @@
 """The notebooks, run in a new kernel, locally or with a stand-in for Colab's runtime."""
 
+import asyncio
 import base64
 import os
 import re
@@ -42,7 +43,8 @@ def execute(notebook, cwd, *titles, **env):
     )
     inherited = {k: v for k, v in os.environ.items() if k != "PUPILSEG_SMOKE"}
     fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
-    client.execute(env={**inherited, **fixed, **env})
+    # `client.execute` would leave an event loop open in a thread.
+    asyncio.run(client.async_execute(env={**inherited, **fixed, **env}))
     return notebook
 
 

@@ -127,7 +127,7 @@ def write_openeds(
 
 
 def hub_files(folder: Path, *, nested: bool, own_targets: bool = False) -> dict[str, bytes]:
-    """Returns the files of a data set repository with 4 frames to train and 2 to validate.
+    """Returns the files of a data set repository with two frames to train and one to validate.
 
     Args:
         folder: receives the files.
@@ -136,7 +136,7 @@ def hub_files(folder: Path, *, nested: bool, own_targets: bool = False) -> dict[
             can see that they are used.
     """
     name = "data/{}-0.parquet" if nested else "{}/shard_00000.parquet"
-    frames = {"train": range(4), "validation": range(4, 6)}
+    frames = {"train": range(2), "validation": range(2, 3)}
     files = {}
     for split, numbers in frames.items():
         columns = table(numbers, nested=nested)

@@ -23,7 +23,7 @@ from notebooks import build
 from pupilseg.export.onnx import MAX_BYTES
 from pupilseg.model_files.checkpoint import read_card
 from pupilseg.models import create_model, model_entry
-from pupilseg.notebook.colab import OPTIONAL, REQUIRED, DriveCopy, choose_device, secret
+from pupilseg.notebook.colab import REQUIRED, DriveCopy, secret
 from pupilseg.predict.predictor import Predictor
 from pupilseg.shards import open_shards
 from tests.helpers.notebooks import (
@@ -216,7 +216,7 @@ def test_in_colab(model, in_colab):
     repository = DATASETS[model]
     data = text(cells["Download and show"])
     assert f"source: {repository}@{COMMIT}; " in data
-    assert re.search(r"^train: 4 frames, 4 .*\nvalidation: 2 frames, 2 ", data, re.MULTILINE)
+    assert re.search(r"^train: 2 frames, 2 .*\nvalidation: 1 frames, 1 ", data, re.MULTILINE)
     results = results_of(folder, model)
     sent = {f"best_{model}_model.pt", f"best_{model}_model.onnx"}
     assert {file.name for file in (folder / "downloads").iterdir()} == sent
@@ -252,12 +252,6 @@ def test_without_a_gpu_it_stops_with_instructions(tmp_path):
     assert error.traceback[0].startswith("error: this runtime has no GPU")
     assert "Runtime > Change runtime type > T4 GPU" in error.traceback[0]
     assert train.outputs == []
-
-
-@pytest.mark.gpu
-def test_the_gpu_is_named(capsys):
-    assert choose_device(allow_cpu=False).type == "cuda"
-    assert f"GPU: {torch.cuda.get_device_name(0)}, " in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -416,10 +410,3 @@ def test_the_packages_are_those_of_the_project():
         assert re.search(rf'"{package}>=', project), package
     (own,) = re.findall(r"^dependencies = (.*)$", project, re.MULTILINE)
     assert set(re.findall(r'"([\w-]+)>=', own)) <= set(REQUIRED.values())
-
-
-def test_the_packages_are_those_of_the_specification():
-    text = (
-        "torch, torchvision, opencv-python, datasets, pillow, scikit-learn, tqdm, matplotlib, onnx"
-    )
-    assert set(text.split(", ")) <= {*REQUIRED.values(), *OPTIONAL.values()}
