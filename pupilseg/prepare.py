@@ -8,6 +8,7 @@ DATA_DIR/shards/source.json         the source and options of the shards; writte
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,8 @@ def ensure_shards(
     options = options or SourceOptions()
     wanted = {"options": options.as_dict(), "preprocessing": preprocessing}
     hint = hint or (
-        f"use another --data-dir, or remove its contents: rm -r {shards} {data_dir / 'raw'}"
+        "use another --data-dir, or remove its contents: "
+        + shlex.join(["rm", "-r", str(shards), str(data_dir / "raw")])
     )
     if _is_complete(shards, source, revision, wanted, hint):
         return shards
@@ -164,7 +166,7 @@ def ensure_shards(
         if _is_complete(shards, source, revision, wanted, hint):  # built while this one waited
             return shards
         raw = data_dir / "raw"
-        download(source, raw, revision=revision, options=options)
+        download(source, raw, revision=revision, options=options, flag="--data-dir")
         manifests = write_splits(
             raw,
             shards,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pupilseg.cli.program import EXTRA_OF
+from pupilseg.cli.program import missing_package
 from pupilseg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ class Command:
         try:
             yield
         except ModuleNotFoundError as error:
-            if error.name not in EXTRA_OF:
+            package = missing_package(error)
+            if package is None:
                 raise
             raise UsageError(
-                f"this command needs {error.name}; run: pip install 'pupilseg[{self.extras}]'"
+                f"this command needs {package}; run: pip install 'pupilseg[{self.extras}]'"
             ) from error

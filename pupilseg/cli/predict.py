@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,8 @@ def _predict(args: argparse.Namespace) -> int:
         with until as stop:
             done = predict_paths(predictor, args.paths, out, options, stop=stop)
     except KeyboardInterrupt:
-        sys.stderr.write(f"finished files are kept; resume with --out {out} --skip-existing\n")
+        words = shlex.join(["--out", str(out), "--skip-existing"])
+        sys.stderr.write(f"finished files are kept; resume with {words}\n")
         raise
     rate = f" ({done.frames / done.seconds:.0f} frames/s)" if done.frames else ""
     skipped = f", {done.skipped} files skipped" if done.skipped else ""

@@ -55,10 +55,12 @@ def main_program(main: Callable[[], int | None]) -> NoReturn:
     except PupilSegError as error:
         code = _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA_OF:
+        package = missing_package(error)
+        if package is None:
             raise
-        extra = EXTRA_OF[error.name]
-        code = _fail(f"this command needs {error.name}; run: pip install 'pupilseg[{extra}]'", 2)
+        code = _fail(
+            f"this command needs {package}; run: pip install 'pupilseg[{EXTRA_OF[package]}]'", 2
+        )
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
     except BrokenPipeError:
@@ -70,6 +72,12 @@ def main_program(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = _fail(f"cannot write: {error}; free some space, or use another directory", 1)
     sys.exit(code or 0)
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Returns the optional package that is not installed; None if the error is a bug."""
+    package = (error.name or "").partition(".")[0]
+    return package if package in EXTRA_OF else None
 
 
 def _fail(message: str, code: int) -> int:

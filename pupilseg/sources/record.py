@@ -43,6 +43,7 @@ def download(
     *,
     revision: str | None = None,
     options: SourceOptions | None = None,
+    flag: str = "--out",
 ) -> Path:
     """Downloads a source if needed, and records it in `out/source.json`.
 
@@ -55,6 +56,7 @@ def download(
         out: the data directory, which holds one source.
         revision: revision of a Hub source, if not in `text`.
         options: how the source is read; the defaults if None.
+        flag: the flag of the program that sets the data directory, for messages.
 
     Returns:
         The path of `source.json`.
@@ -68,11 +70,11 @@ def download(
     options = options or SourceOptions()
     source = parse_source(text, revision)
     path = Path(out) / RECORD
-    if _is_recorded(path, source, options):
+    if _is_recorded(path, source, options, flag):
         return path
     with directory_lock(out, wait=True):
         # Another process may have finished it in the meantime.
-        if not _is_recorded(path, source, options):
+        if not _is_recorded(path, source, options, flag):
             previous = _read_record(path) if path.exists() else None
             write_json(path, _make_record(source, options, previous, path.parent))
     return path
@@ -94,7 +96,7 @@ def open_dataset(raw_dir: Path) -> Dataset:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}); remove it, then run "
-            f"python -m pipeline.download --source SOURCE --out {path.parent}"
+            f"python -m pipeline.download --source SOURCE --out {shlex.quote(str(path.parent))}"
         ) from error
 
 
@@ -103,7 +105,8 @@ def _open(record: dict[str, Any], raw_dir: Path) -> Dataset:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    hint = f"download a source: python -m pipeline.download --source SOURCE --out {path.parent}"
+    words = ["--source", "SOURCE", "--out", str(path.parent)]
+    hint = f"download a source: python -m pipeline.download {shlex.join(words)}"
     record = read_json(path, hint=f"remove it if it exists, and {hint}")
     if record.get("format") != FORMAT:
         raise DataError(
@@ -121,7 +124,7 @@ def _command(record: dict[str, Any], path: Path) -> str:
     return "python -m pipeline.download " + shlex.join(words)
 
 
-def _is_recorded(path: Path, source: Source, options: SourceOptions) -> bool:
+def _is_recorded(path: Path, source: Source, options: SourceOptions, flag: str) -> bool:
     """Returns True if the source is recorded with these options and its data are complete.
 
     Raises:
@@ -136,8 +139,8 @@ def _is_recorded(path: Path, source: Source, options: SourceOptions) -> bool:
     revisions = (None, recorded.get("revision"), record.get("commit"))
     if not same or source.revision not in revisions:
         raise DataError(
-            f"{path.parent} contains {record.get('source')}, not {source}; use another --out, or "
-            f"remove the record of its contents: rm {path}"
+            f"{path.parent} contains {record.get('source')}, not {source}; use another {flag}, or "
+            f"remove the record of its contents: rm {shlex.quote(str(path))}"
         )
     if record.get("options") != options.as_dict():
         return False

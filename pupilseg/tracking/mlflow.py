@@ -1,5 +1,8 @@
 """MLflow tracking, enabled by `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_ID`.
 
+`MLFLOW_EXPERIMENT_NAME` may replace the id: an experiment that the server does not have is created.
+`MLFLOW_RUN_NAME` names the run.
+
 The run's folder is the source of truth: a thread compares it with the server and sends what is
 missing. A server that cannot be reached when the run starts is an error, because tracking was
 requested. One that fails later costs one warning; `pupilseg upload-run` sends the rest.
@@ -124,7 +127,8 @@ class MlflowRun:
     def create(cls, uri: str, experiment: str, run: RunInfo) -> MlflowRun:
         """Returns a new run in an existing experiment."""
         with _tracking_errors(uri):
-            created = _client(uri).create_run(experiment, tags=dict(run.tags), run_name=run.name)
+            name = os.environ.get("MLFLOW_RUN_NAME") or run.name
+            created = _client(uri).create_run(experiment, tags=dict(run.tags), run_name=name)
             return cls(uri, created, new=True)
 
     @classmethod
@@ -395,7 +399,9 @@ def start(run: RunInfo, run_id: str | None = None) -> MlflowTracker:
         OutputError: the record cannot be written.
     """
     variables = TRACKERS["mlflow"].variables
-    uri, experiment = (os.environ[variable] for variable in variables)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or None
+    experiment = experiment_id or os.environ["MLFLOW_EXPERIMENT_NAME"]
     load_mlflow("MLFLOW_TRACKING_URI is set", "unset it")
     with contextlib.ExitStack() as stack:
         record = RunRecord(run.history.with_name(f"{run.name}{RECORD_SUFFIX}"))
@@ -404,7 +410,7 @@ def start(run: RunInfo, run_id: str | None = None) -> MlflowTracker:
             earlier = record.data
             if earlier is not None and not earlier.closed and earlier.run_id != run_id:
                 _finish_earlier(record, uri)
-            opened = _open(uri, experiment, run, run_id)
+            opened = _open(uri, experiment_id or _named_experiment(uri, experiment), run, run_id)
         except TrackingError as error:
             raise UsageError(
                 f"MLflow at {without_password(uri)} did not open a run in experiment "
@@ -436,6 +442,23 @@ def _finish_earlier(record: RunRecord, uri: str) -> None:
         finish_run(record, uri)
     except RefusedError as error:
         log.warning("an earlier run in this folder is abandoned: %s", error)
+
+
+def _named_experiment(uri: str, name: str) -> str:
+    """Returns the id of an experiment, which is created if the server does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    with _tracking_errors(uri):
+        client = _client(uri)
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name))
+            except MlflowException:
+                found = client.get_experiment_by_name(name)  # another run has just created it
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
 
 def _open(uri: str, experiment: str, info: RunInfo, run_id: str | None) -> MlflowRun:

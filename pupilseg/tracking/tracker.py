@@ -23,11 +23,15 @@ class TrackerEntry(NamedTuple):
             the run to resume. It is imported only if the tracker is enabled.
         variables: environment variables that enable the tracker when all of them are set.
         credentials: environment variables that it needs too if they are set.
+        replacements: name of a variable -> name of another that may be set instead.
+        options: environment variables that it uses if they are set.
     """
 
     module: str
     variables: tuple[str, ...]
     credentials: tuple[str, ...] = ()
+    replacements: Mapping[str, str] = {}
+    options: tuple[str, ...] = ()
 
 
 TRACKERS = {
@@ -39,6 +43,8 @@ TRACKERS = {
             "MLFLOW_TRACKING_PASSWORD",
             "MLFLOW_TRACKING_TOKEN",
         ),
+        replacements={"MLFLOW_EXPERIMENT_ID": "MLFLOW_EXPERIMENT_NAME"},
+        options=("MLFLOW_RUN_NAME",),
     ),
 }
 """Name of a tracker -> where it is. `NAME_run` holds its run id in the notes of a run."""
@@ -122,7 +128,7 @@ class Trackers:
 
 
 def enabling_variables() -> dict[str, str]:
-    """Returns the environment variables that enable trackers here, with their credentials.
+    """Returns the environment variables that enable trackers here, and those that they use.
 
     A process on another machine that gets them tracks its run as this one would. Empty if no
     tracker is enabled.
@@ -130,13 +136,18 @@ def enabling_variables() -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in TRACKERS.values():
         if not _missing(entry):
-            names = (*entry.variables, *entry.credentials)
+            used = (*entry.variables, *entry.replacements.values())
+            names = (*used, *entry.credentials, *entry.options)
             found |= {name: os.environ[name] for name in names if os.environ.get(name)}
     return found
 
 
 def _missing(entry: TrackerEntry) -> list[str]:
-    return [variable for variable in entry.variables if not os.environ.get(variable)]
+    return [
+        name
+        for name in entry.variables
+        if not (os.environ.get(name) or os.environ.get(entry.replacements.get(name, name)))
+    ]
 
 
 def start(run: RunInfo, notes: Mapping[str, str] | None = None) -> Trackers:

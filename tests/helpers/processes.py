@@ -37,6 +37,7 @@ def run_here(*command, env=None):
         patch.object(sys, "argv", [name, *args]),
         patch.object(sys, "path", [*folder, *sys.path]),
         patch.object(logging.getLogger("pupilseg"), "handlers", []),
+        patch.object(logging.getLogger("pupilseg"), "propagate", True),  # restored at the end
         redirect_stdout(out),
         redirect_stderr(err),
     ):

@@ -214,7 +214,7 @@ def test_a_server_that_dies_costs_a_warning(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the record holds it
     for path in (moved, record_of(moved)):
         assert upload(path) == 0
-        assert f"{path}: nothing left to send" in capsys.readouterr().out
+        assert f"{path}: nothing to send" in capsys.readouterr().out
     for name in ("train_loss", "valid_iou"):
         assert steps(client, tracker.run_id, name) == [1, 2, 3, 4]
     assert times(client, tracker.run_id, "valid_iou") == {
@@ -467,6 +467,20 @@ def test_an_unknown_experiment(client, out, monkeypatch):
     with pytest.raises(UsageError, match=r"987654321.*unset them to train without tracking"):
         start(out)
     assert not list(out.iterdir())
+
+
+@pytest.mark.integration
+def test_the_experiment_and_the_run_have_names_of_the_environment(client, out, monkeypatch):
+    """The first run creates the experiment, and the second finds it."""
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "night shift")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "low rate")
+    for _ in range(2):
+        tracker = start(out)
+        tracker.end("FINISHED")
+        found = client.get_run(tracker.run_id).info
+        assert found.run_name == "low rate"
+        assert found.experiment_id == client.get_experiment_by_name("night shift").experiment_id
 
 
 @pytest.mark.parametrize("kind", ["refuses", "silent"])

@@ -138,3 +138,16 @@ def test_variables_for_a_process_on_another_machine(notebook, monkeypatch):
         "MLFLOW_TRACKING_PASSWORD": "secret",
         "NOTEBOOK": "on",
     }
+
+
+def test_the_name_of_an_experiment_replaces_its_id(monkeypatch):
+    variables = {
+        "MLFLOW_TRACKING_URI": "http://host",
+        "MLFLOW_EXPERIMENT_NAME": "pupils",
+        "MLFLOW_RUN_NAME": "first",
+    }
+    for name in ("MLFLOW_EXPERIMENT_ID", *TRACKERS["mlflow"].credentials):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert enabling_variables() == variables
