@@ -39,7 +39,12 @@ log = logging.getLogger(__name__)
 Prepared = TypeVar("Prepared")
 
 MESSAGE_TIMEOUT_S = 300
-"""Longest wait for another rank. A killed rank is detected at once, because its socket closes."""
+"""Longest wait for another rank. A killed rank is detected at once, because its socket closes.
+
+On CUDA, NCCL sums tensors in kernels that wait for a lost rank instead of raising an error. The job
+then ends in one of three ways: `torchrun` ends the other ranks when one has ended; `Ranks.any`,
+which uses gloo, raises ParallelError after the epoch; or NCCL aborts the process after this time.
+"""
 PREPARE_TIMEOUT_S = 24 * 3600
 """Longest wait for the first rank to download the data and build the shards."""
 

@@ -15,7 +15,7 @@ import torch
 
 from pupilseg.augment import augment
 from pupilseg.errors import UsageError
-from pupilseg.runtime.compilation import compile_network
+from pupilseg.runtime.compilation import MODE, compile_network
 from pupilseg.runtime.device import Timestamp, fast_arithmetic
 from pupilseg.runtime.progress import progress_bar
 from pupilseg.train.config import FitResult
@@ -185,7 +185,12 @@ def compile_model(state: TrainState, loader: Loader) -> None:
     def objective(output: Any) -> Tensor:
         return state.loss(output, batch, state.alphas[0])["loss"]
 
-    log.info("compiling %s, which takes a minute or more", type(state.model).__name__)
+    log.info(
+        "compiling %s with %s, which takes several minutes on a new machine and less once "
+        "Inductor's cache has its kernels; for a short run, --no-compile is faster",
+        type(state.model).__name__,
+        MODE,
+    )
     state.model.train()
     compile_network(state.model, image, objective, state.autocast)
 
