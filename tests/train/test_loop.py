@@ -445,6 +445,27 @@ def stopped(loaders, tmp_path_factory):
     return out
 
 
+def test_a_resumed_run_may_have_more_epochs(loaders, tmp_path):
+    """Finished epochs keep their rate and alpha, new ones follow the longer schedule.
+
+    Stopped and resumed again, the run gives the same files.
+    """
+    name, options = "efficientvit_tiny", {"epochs": 5}
+    short = train(loaders, tmp_path / "short", model=name).history
+    state = state_of(tmp_path / "short", name)
+    longer = train(loaders, tmp_path / "longer", model=name, resume=state, **options)
+    assert longer.history[:3] == short
+    for epoch in (3, 4):
+        row, steps = longer.history[epoch], 5 * 2
+        assert row["lr"] == learning_rate(2 * epoch + 1, steps, 0.01, TrainConfig().warmup)
+        assert row["alpha"] == alpha_schedule(epoch, 5)
+    out = tmp_path / "parts"
+    train(loaders, out, model=name, resume=state, stop_at=(1, 0), **options)
+    again = train(loaders, out, model=name, resume=state_of(out, name), **options)
+    assert again.history == longer.history
+    assert (out / again.best_file.name).read_bytes() == longer.best_file.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
