@@ -1,6 +1,7 @@
 """Public names, the cost of imports, and rules that import-linter cannot express.
 
-The layers and the rules on who may import which package are contracts in pyproject.toml.
+The layers, and the rules about which module may import which package, are contracts in
+pyproject.toml.
 """
 
 import ast
@@ -100,7 +101,7 @@ def test_names_imported_from_a_package_are_in_its_all():
 
 
 def test_the_architecture_page_shows_the_layers():
-    """Picture and contract are equal, and each package and file that the page names exists."""
+    """Diagram and contracts match, and every package and file named on the page exists."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
@@ -147,7 +148,7 @@ def test_data_preparation_needs_no_torch():
     assert not {"torch", *OPTIONAL} & loaded_by(f"import {names}")
 
 
-def test_the_modal_client_needs_modal_alone():
+def test_the_modal_client_needs_only_modal():
     assert not set(HEAVY) - {"modal"} & loaded_by("import pupilseg.cloud.client")
 
 

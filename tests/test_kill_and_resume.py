@@ -27,7 +27,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Shards of a few frames: an epoch of two steps takes a few tenths of a second."""
+    """Shards of a few frames, for epochs of two steps in a few tenths of a second."""
     return write_eyes(tmp_path_factory.mktemp("data"), train=4, validation=2)
 
 
@@ -168,7 +168,7 @@ def test_ctrl_c_ends_the_epoch_with_a_checkpoint(data_dir, undisturbed, tmp_path
     same(out, undisturbed[0])
 
 
-def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
+def test_a_second_ctrl_c_stops_immediately(data_dir, tmp_path):
     """The state of the last whole epoch exists."""
     out = tmp_path / "out"
     with Program(line(data_dir, out, epochs=500), ROOT) as program:
@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_stops_at_once(data_dir, tmp_path):
 
 
 def test_ctrl_c_before_the_first_epoch_ends(data_dir, tmp_path):
-    """Pressed twice, because the first one finishes the epoch; there may be nothing to resume."""
+    """Ctrl-C is sent twice, because the first one finishes the epoch; there may be no state yet."""
     out = tmp_path / "out"
     with Program(line(data_dir, out), ROOT) as program:
         program.wait_for("configuration: ")

@@ -106,7 +106,7 @@ def test_weights_are_the_edge_and_the_row_below(label):
 
 
 def test_dilation_equals_the_original_call():
-    """RITnet and the author of the data set call `cv2.dilate(x, (3, 3))`."""
+    """The scripts of RITnet and of the data set call `cv2.dilate(x, (3, 3))`."""
     for seed in range(4):
         edges = cv2.Canny(blobs(seed) * 255, 0, 3)
         earlier = cv2.dilate(edges, (3, 3))

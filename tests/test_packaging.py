@@ -1,4 +1,4 @@
-"""The wheel is complete, and predicts with the packages of its `predict` extra alone."""
+"""The wheel is complete, and prediction needs only the packages of its `predict` extra."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tests.helpers.checkout import copy_checkout
 from tests.helpers.paths import ROOT
 
 REQUIRED = {"filelock", "jinja2", "numpy", "onnxruntime", "opencv-python", "tqdm"}
-"""The packages that `pip install pupilseg[predict]` names."""
+"""The packages that `pip install pupilseg[predict]` requires."""
 PROGRAM = """
 import importlib.abc, sys
 class NotInstalled(importlib.abc.MetaPathFinder):

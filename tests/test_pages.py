@@ -1,4 +1,4 @@
-"""HTML pages escape values, and their policy allows only the code of the template itself."""
+"""HTML pages escape values, and their policy allows only code from the template."""
 
 import base64
 import hashlib
@@ -68,7 +68,7 @@ def test_data_uri():
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
 def test_templates_follow_the_policy(path):
-    """Browsers block code in attributes, and code whose text differs from the template's."""
+    """Browsers block code in attributes, and code that differs from that in the template."""
     text = path.read_text(encoding="utf-8")
     assert '<meta http-equiv="Content-Security-Policy" content="{{ policy }}">' in text
     assert not re.search(r'<[a-z][^>]*\s(style|on[a-z]+)="', text)

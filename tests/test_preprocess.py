@@ -1,4 +1,4 @@
-"""Preprocessing equals that of RITnet and revision A, and is applied once."""
+"""Preprocessing equals that of RITnet and revision A, and is applied only once."""
 
 import cv2
 import numpy as np

@@ -14,7 +14,7 @@ from tests.helpers.waiting import eventually
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATH = next((path for name in NAMES if (path := shutil.which(name))), None)
-"""Path of the browser; None if there is none."""
+"""Path of the browser; None if none is installed."""
 
 
 class Browser:

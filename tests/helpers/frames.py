@@ -12,7 +12,7 @@ PUPIL = Ellipse(301.3, 188.6, 52.4, 41.7, 0.4)
 
 
 def eye(ellipse=PUPIL, shape=(HEIGHT, WIDTH)):
-    """Returns a bright frame with a dark ellipse whose border is anti-aliased."""
+    """Returns a bright frame with a dark ellipse with an anti-aliased border."""
     fine = 4
     grown = Ellipse(
         *((v + 0.5) * fine - 0.5 for v in ellipse[:2]),

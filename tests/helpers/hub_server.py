@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Fault:
-    """A fault of requests whose method and path match a regular expression.
+    """A fault for requests whose method and path match a regular expression.
 
     `kind` is a status with the Hub's error code ("403 GatedRepo"), "cut" (close halfway through the
     body), "short" (a complete response without the end of the body), "alter" (one flipped bit),

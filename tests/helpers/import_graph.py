@@ -73,5 +73,5 @@ def imported_files(script, *, without=()):
 
 
 def is_under(file, paths):
-    """Returns whether a file is one of `paths`, or lies in one that is a folder ("name/")."""
+    """Returns True if a file is one of `paths` or is inside one that is a folder ("name/")."""
     return any(file == path or (path.endswith("/") and file.startswith(path)) for path in paths)

@@ -9,7 +9,7 @@ from pupilseg.geometry import HEIGHT, WIDTH, Ellipse, ellipse_mask
 
 
 def blobs(seed):
-    """Returns a label of 0 to 4 ellipses at random places, possibly across the border."""
+    """Returns a label with 0 to 4 ellipses at random positions, possibly across the border."""
     rng = np.random.default_rng(seed)
     label = np.zeros((HEIGHT, WIDTH), np.uint8)
     for _ in range(rng.integers(0, 5)):

@@ -12,7 +12,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 class MemoryGroup:
-    """A control group; a process joins it by writing its pid to `procs`."""
+    """A control group. A process joins it by writing its pid to `procs`."""
 
     def __init__(self, path, hits):
         self.procs, self._hits = path / "cgroup.procs", path / hits
@@ -25,7 +25,7 @@ class MemoryGroup:
 
 @contextlib.contextmanager
 def limited_memory(limit_bytes):
-    """Yields a group; skips the test if the user may not create one."""
+    """Yields a group; skips the test if the user is not allowed to create one."""
     parent, limit, hits = ROOT / "memory", "memory.limit_in_bytes", "memory.failcnt"
     if (ROOT / "cgroup.controllers").exists():  # version 2
         parent, limit, hits = ROOT, "memory.max", "memory.events"

@@ -1,4 +1,4 @@
-"""A real `mlflow server` on loopback, with SQLite behind it, and a gate that can fail in front."""
+"""A real `mlflow server` on loopback with SQLite, behind a gate that can simulate failures."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import urllib.request
 from tests.helpers.waiting import eventually
 
 START_SECONDS = 120
-"""Timeout of requests, for a busy machine."""
+"""Request timeout, long enough for a busy machine."""
 
 
 class Server:
@@ -84,12 +84,12 @@ class Gate:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def hang(self):
-        """Leaves requests without a response from now on."""
+        """Stops responding to requests."""
         self.arrived.clear()
         self.hanging = True
 
     def kill(self):
-        """Ends all connections and refuses new ones, as a killed server does."""
+        """Closes all connections and refuses new ones, as if the server had been killed."""
         self._listener.shutdown()
         self._listener.server_close()
         for connection in list(self.connections):
@@ -97,7 +97,7 @@ class Gate:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def revive(self):
-        """Accepts connections again, at the same address."""
+        """Accepts connections again at the same address."""
         self.hanging = self.losing = False
         self.fatal = None
         self._listen(self.port)

@@ -1,4 +1,4 @@
-"""Results of slow programs, made once per test session and shared by test files and workers."""
+"""Results of slow programs, created once per test session and shared by all test workers."""
 
 import os
 

@@ -20,7 +20,7 @@ BATCH = 2
 
 
 class Eyes(FakeDataset):
-    """Ellipses that are darker than their surroundings, so that there is something to learn."""
+    """Ellipses that are darker than their surroundings, which a network can learn."""
 
     def sample(self, split, index):
         rng = np.random.default_rng([split == "train", index, 7])

@@ -1,4 +1,4 @@
-"""Kills a function after some time, or just before each change that it makes to files."""
+"""Kills a function after some time, or just before each change it makes to a file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ for line in iter(sys.stdin.readline, ""):
             sys.stderr.flush()
             os._exit(status)
     print(child, flush=True)
-    sys.stdin.readline()  # until then the pid of an ended child is not reused
+    sys.stdin.readline()  # the pid of an ended child must not be reused before
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
