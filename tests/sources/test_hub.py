@@ -188,6 +188,22 @@ def test_other_options_use_the_same_commit(hub, client):
     assert client.manifest()["options"]["augmented_train"] is False
 
 
+def test_training_starts_from_a_copy_without_network(hub, client):
+    client.out = client.folder / "data" / "raw"
+    assert client.download().returncode == 0
+    hub.stop()
+    shutil.copytree(client.folder / "data", client.folder / "copy")
+    shutil.rmtree(client.folder / "data")
+    shutil.rmtree(client.env["HF_HOME"], ignore_errors=True)
+    words = ("--data-dir", client.folder / "copy", "--dataset", REPOSITORY, "--epochs", "1")
+    words += ("--output-dir", client.folder / "out", "--device", "cpu", "--no-mlflow")
+    script = "training/train_efficientvit_tiny_local.py"
+    done = client.python(script, *map(str, words), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert f"training on {REPOSITORY}@{NEW}: 2 frames" in done.stderr
+    assert (client.folder / "out" / "best_efficientvit_tiny_model.pt").exists()
+
+
 def test_an_incomplete_copy_is_refused_offline(hub, client):
     extra = hub.commits[NEW]["validation/shard_00000.parquet"]
     hub.commits[NEW] = hub.commits[NEW] | {"train/shard_00001.parquet": extra}
