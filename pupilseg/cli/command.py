@@ -1,4 +1,4 @@
-"""A command of the pipeline: `pupilseg NAME`, and the script `python -m pipeline.NAME`."""
+"""Pipeline commands, which run as `pupilseg NAME` and as `python -m pipeline.NAME`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class Command:
     """A command with its flags.
 
-    Modules of commands import heavy packages in their functions, so that a missing one is reported
-    without a traceback.
+    The modules that define commands import heavy packages inside functions, so that a missing
+    package is reported without a traceback.
 
     Attributes:
-        description: for its help text.
-        extras: extras of the package that it needs, separated by commas.
+        description: text for `--help`.
+        extras: extras of pupilseg that the command needs, separated by commas.
         add_flags: adds its flags to a parser, and may change the parser's format.
-        run: does the work and returns the exit code.
+        run: runs the command and returns the exit code.
     """
 
     description: str
@@ -34,10 +34,10 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
     def set_up(self, parser: argparse.ArgumentParser) -> None:
-        """Prepares a parser, whose result then has `command`, a function of the result.
+        """Adds the flags to a parser; parsed arguments get `command`, a function that runs them.
 
         Raises:
-            UsageError: a package is not installed.
+            UsageError: a required package is not installed.
         """
         parser.description = self.description
         with self._packages():
@@ -45,13 +45,13 @@ class Command:
         parser.set_defaults(command=self._run)
 
     def main(self, prog: str | None = None) -> int:
-        """Parses `sys.argv` and runs; returns the exit code.
+        """Parses `sys.argv`, runs the command, and returns the exit code.
 
         Args:
-            prog: how the program is started, for its usage line.
+            prog: program name for the usage line.
 
         Raises:
-            PupilSegError: as `run`, and a package is not installed.
+            PupilSegError: `run` failed, or a required package is not installed.
         """
         parser = argparse.ArgumentParser(prog=prog)
         self.set_up(parser)

@@ -1,4 +1,4 @@
-"""The commands that use a model: predict, view, info, bench."""
+"""The commands that use or describe a model: predict, view, info, bench."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OUT = "found"
 
 
 def add_predict_commands(commands: Any) -> None:
-    """Adds the commands to the parser of `pupilseg`.
+    """Adds these commands to the parser of `pupilseg`.
 
     Args:
         commands: the result of `ArgumentParser.add_subparsers`.
@@ -34,8 +34,8 @@ def add_predict_commands(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="find the pupil in images, folders, videos, or a camera",
-        description="Writes OUT/pupil.csv with one row per frame, OUT/overlays (images, or a video "
-        "for a video) and, with --masks, OUT/masks. Lengths are in pixels of the original frame. "
+        description="Writes OUT/pupil.csv with one row per frame, OUT/overlays (an image or a "
+        "video per file) and, with --masks, OUT/masks. Lengths are in pixels of the original frame. "
         "If a file cannot be read, the others are predicted and the exit code is 1.",
     )
     predict.add_argument(
@@ -58,7 +58,7 @@ def add_predict_commands(commands: Any) -> None:
     predict.add_argument(
         "--skip-existing",
         action="store_true",
-        help="resume an earlier run in OUT: files that it finished are skipped",
+        help="resume an earlier run in OUT and skip the files that it finished",
     )
     predict.add_argument(
         "--roi",
@@ -122,7 +122,7 @@ def _positive_number(text: str) -> float:
 
 
 def _default_out(*, resume: bool) -> Path:
-    """Returns the first default directory, or, unless resuming, the first that does not exist."""
+    """Returns the default directory when resuming, else the first of its names that is free."""
     names = itertools.chain([OUT], (f"{OUT}-{number}" for number in itertools.count(2)))
     free = (path for path in map(Path, names) if resume or not path.exists())
     return next(free)
@@ -267,7 +267,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _limit_threads(threads: int) -> None:
-    """Limits OpenCV, which resizes and equalizes, to the same number of threads."""
+    """Sets the number of threads of OpenCV, which is used for resizing and preprocessing."""
     import cv2
 
     cv2.setNumThreads(threads)

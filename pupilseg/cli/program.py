@@ -1,7 +1,7 @@
-"""Start and end of every command: logging, errors, exit codes, Ctrl-C.
+"""Common code of all programs: logging, errors, exit codes, Ctrl-C.
 
-Exit codes: 0 success; 1 a problem with data, network or disk; 2 an invalid request (argparse's own
-code too); 130 interrupted; 141 broken pipe. Errors in the code itself keep their traceback.
+Exit codes: 0 success; 1 a problem with data, network or disk; 2 invalid arguments (like argparse);
+130 interrupted; 141 broken pipe. Bugs are shown with their traceback.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXTRA_OF = {
 def main_program(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program's main function and exits with its exit code.
 
-    The library's log is written to stderr as plain lines. An error that the user can fix is
+    The log of the library is written to stderr as plain lines. Errors that the user can fix are
     printed as `error: ...` without a traceback.
 
     Args:
@@ -64,7 +64,7 @@ def main_program(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = _fail("interrupted", 130)
     except BrokenPipeError:
-        # Python flushes stdout again at exit, which must not fail.
+        # Python flushes stdout again at exit, where a second error would be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
@@ -113,10 +113,10 @@ def whole_number(text: str) -> int:
 
 @contextmanager
 def finishing(what: str) -> Generator[Callable[[], bool]]:
-    """Makes the first Ctrl-C a request to stop; a second one interrupts as usual.
+    """Turns the first Ctrl-C into a request to stop; a second one interrupts as usual.
 
     Args:
-        what: work that is finished before the program ends, such as "this epoch".
+        what: work to finish before the program stops, such as "this epoch".
 
     Yields:
         A function that returns True if Ctrl-C was pressed.
@@ -128,7 +128,7 @@ def finishing(what: str) -> Generator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        # Not through sys.stderr, which may be in the middle of a write.
+        # Not sys.stderr, which may be in the middle of a write.
         os.write(2, f"\nfinishing {what}, then stopping; Ctrl-C again stops at once\n".encode())
 
     before = signal.signal(signal.SIGINT, handle)

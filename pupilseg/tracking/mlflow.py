@@ -5,7 +5,7 @@
 
 The run's folder is the source of truth: a thread compares it with the server and sends what is
 missing. A server that cannot be reached when the run starts is an error, because tracking was
-requested. One that fails later costs one warning; `pupilseg upload-run` sends the rest.
+requested. If it fails later, one warning is logged; `pupilseg upload-run` sends the rest.
 
 This is the only module that imports mlflow. MLflow's asynchronous logging is not used: it keeps
 unsent data in memory only, and joins its threads without a time limit, also when the interpreter
@@ -48,27 +48,27 @@ log = logging.getLogger(__name__)
 METRICS_PER_REQUEST = 1000
 """Largest number of metrics that `log_batch` accepts."""
 _MAX_PARAM = 6000
-"""Longest parameter value that an MLflow store accepts."""
+"""Maximum length of a parameter value in an MLflow store."""
 _RETRY_SECONDS = 30.0
-"""Pause between attempts after a server has failed twice."""
+"""Pause between attempts after the server has failed twice."""
 _TIMEOUTS_AT_END = 2.5
-"""Longest wait at the end of a run, in request timeouts: 25 s with the default of 10 s."""
+"""Maximum wait at the end of a run, in request timeouts: 25 s with the default of 10 s."""
 _DEFAULTS = {
     # MLflow's own values, 7 retries of 120 s, block a program for minutes, and urllib3 warns about
     # each retry. `MlflowTracker` retries by itself, and warns once.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # The user asked to report to the named server and to no other.
+    # The user asked to send data to the named server only.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 """Environment variables that are set unless the user has set them."""
 _TRANSIENT = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-"""MLflow's error codes that do not reject the request itself; the first also means no response."""
+"""MLflow error codes after which a retry may succeed. The first is also used for no response."""
 _UNKNOWN_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""Error codes for a run id that the server does not have; the second, for one of invalid form."""
+"""Error codes for an unknown run id and for a malformed one."""
 _SECONDS = ("train_seconds", "valid_seconds")
-"""Metrics that the history lacks, because it depends on the seed alone."""
+"""Metrics that are not in the history, whose contents depend on the seed alone."""
 
 
 class TrackingError(PupilSegError):
@@ -76,22 +76,22 @@ class TrackingError(PupilSegError):
 
 
 class NoAnswerError(TrackingError):
-    """A server that cannot be reached, hangs, or cannot respond now."""
+    """A server cannot be reached, hangs, or cannot respond now."""
 
 
 class RefusedError(TrackingError):
-    """A server that rejected a request, or a file that cannot be read."""
+    """A server rejected a request, or a file cannot be read."""
 
 
 @dataclass(slots=True)
 class Sent:
-    """What `MlflowRun.send` did.
+    """Summary of the data sent by `MlflowRun.send`.
 
     Attributes:
-        epochs: epochs of which metrics were sent.
+        epochs: epochs whose metrics were sent.
         files: number of files that were sent.
         closed: the status was sent.
-        refused: errors about the parts that were not accepted.
+        refused: error messages for the parts that were not accepted.
     """
 
     epochs: set[int] = field(default_factory=set)
@@ -105,8 +105,8 @@ class MlflowRun:
 
     Args:
         uri: address of the server.
-        run: what MLflow's client returns.
-        new: the run has just been created, and has no metrics.
+        run: run object of the MLflow client.
+        new: True if the run has just been created and has no metrics.
 
     Attributes:
         info: MLflow's description of the run.
@@ -166,13 +166,14 @@ class MlflowRun:
         ended: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> Sent:
-        """Sends the metrics, then the files, then the status that the server lacks.
+        """Sends the metrics, files and status that the server lacks, in this order.
 
         Args:
             record: the record of this run.
-            ended: no process continues the run. Also sends epochs that were not logged, asks the
-                server which files it has, and sends no file that has changed since it was logged.
-            stop: called before each request; True skips the rest.
+            ended: True if no process continues the run. In that case, epochs that were not logged
+                are sent too, the server is asked for its files, and files that have changed since
+                they were logged are not sent.
+            stop: called before each request; the rest is skipped if it returns True.
         """
         sent, files, run_id = Sent(), record.files(), self.info.run_id
         with self._part(sent):
@@ -213,7 +214,7 @@ class MlflowRun:
             if stop():
                 return
             batch = missing[first : first + METRICS_PER_REQUEST]
-            self._logged = None  # without a response, it is unknown whether the server has them
+            self._logged = None  # unknown if there is no response
             self._client.log_batch(
                 run_id, metrics=[Metric(m.name, m.value, m.time_ms, m.step) for m in batch]
             )
@@ -231,7 +232,7 @@ class MlflowRun:
 
     @contextlib.contextmanager
     def _part(self, sent: Sent) -> Iterator[None]:
-        """Collects the rejection of one part, so that the other parts are sent."""
+        """Collects the error of one rejected part, so that the other parts are sent."""
         try:
             with _tracking_errors(self._uri):
                 yield
@@ -240,13 +241,13 @@ class MlflowRun:
 
 
 def finish_run(record: RunRecord, uri: str) -> Sent:
-    """Sends what a server lacks of a run whose process has ended, and closes the run.
+    """Sends the data that a server lacks of an ended run, and closes the run.
 
     A run whose process was killed is closed as KILLED.
 
     Raises:
         NoAnswerError: the server does not respond.
-        RefusedError: the server does not have the run, or did not accept a part.
+        RefusedError: the server does not have the run, or did not accept all of the data.
     """
     shown, run_id, command = without_password(uri), record.run.run_id, upload_command(record.path)
     abandon = f"abandon it by deleting {record.path}"
@@ -269,23 +270,23 @@ def finish_run(record: RunRecord, uri: str) -> Sent:
         ) from error
     if sent.refused:
         raise RefusedError(
-            f"MLflow at {shown} has run {run_id}, but not all of it: {'; '.join(sent.refused)}; "
-            f"fix that and run `{command}` again, or {abandon}"
+            f"MLflow at {shown} has run {run_id}, but did not accept all of its data: "
+            f"{'; '.join(sent.refused)}; fix that and run `{command}` again, or {abandon}"
         )
     return sent
 
 
 class MlflowTracker:
-    """A run with a thread that sends what the server lacks, and retries while it is down.
+    """A run with a thread that sends data to the server, and retries while the server is down.
 
-    The thread is a daemon and `end` joins it for a limited time, so a process that ends does not
-    wait for a server. Two failures in a row cost one warning. Nothing is lost, because the record
-    and the run's folder hold everything.
+    The thread is a daemon, and `end` joins it with a timeout, so that a process can exit without
+    waiting for the server. After two failures in a row, one warning is logged. No data is lost,
+    because the record and the run's folder contain everything.
 
     Args:
-        run: from now on used by the thread only.
+        run: the run; used only by the thread from now on.
         record: the record of that run; closed by `end`.
-        end_timeout_s: longest wait of `end`, in seconds.
+        end_timeout_s: maximum wait of `end`, in seconds.
     """
 
     def __init__(self, run: MlflowRun, record: RunRecord, end_timeout_s: float) -> None:
@@ -299,7 +300,7 @@ class MlflowTracker:
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
         """See `Tracker`; the metrics themselves are read from the history."""
-        # A resumed run does not know how long its earlier epochs took: NaN, which JSON lacks.
+        # In a resumed run, the times of earlier epochs are NaN, which JSON does not have.
         seconds = {k: row[k] for k in _SECONDS if math.isfinite(row.get(k, math.nan))}
         with self._record.change() as run:
             run.changed_ms, run.earlier_history = now_ms(), ""
@@ -312,7 +313,7 @@ class MlflowTracker:
         try:
             digest = file_digest(path)
         except OSError as error:
-            log.warning("cannot read %s (%s): MLflow will lack it", path, error.strerror)
+            log.warning("cannot read %s (%s); it is not sent to MLflow", path, error.strerror)
             return
         stored = path.relative_to(home).as_posix() if path.is_relative_to(home) else str(path)
         with self._record.change() as run:
@@ -333,7 +334,7 @@ class MlflowTracker:
             self._abandoned = True
             if self._warned:
                 command = upload_command(self._record.path)
-                log.info("MLflow lacks the end of this run; `%s` sends it", command)
+                log.info("MLflow is missing the end of this run; to send it, run `%s`", command)
             elif self._thread.is_alive():
                 self._warn(f"it did not accept everything within {self._end_timeout_s:g} s")
         self._record.close()
@@ -369,13 +370,13 @@ class MlflowTracker:
             self._warn(problem)
         elif self._warned and not problem:
             self._warned = False
-            log.info("MLflow responds again, and has everything so far")
+            log.info("MLflow responds again and has all data so far")
 
     def _warn(self, problem: str) -> None:
         self._warned = True
         log.warning(
-            "MLflow at %s fails (%s); training continues without it. Later, send what it lacks "
-            "with `%s`",
+            "MLflow at %s fails (%s); training continues without it. To send the missing data "
+            "later, run `%s`",
             self._record.run.uri,
             problem,
             upload_command(self._record.path),
@@ -385,16 +386,16 @@ class MlflowTracker:
 def start(run: RunInfo, run_id: str | None = None) -> MlflowTracker:
     """Opens a run on the server that the environment names, and its record beside the history.
 
-    If an earlier run in the same folder was not completely sent, it is finished first.
+    If an earlier run in the same folder was not sent completely, its data is sent first.
 
     Args:
-        run: the training run. A nested parameter is recorded under a name with dots.
-        run_id: the run to resume. If the server does not have it, a new one is opened, with one
-            warning.
+        run: the training run. The names of nested parameters are joined with dots.
+        run_id: id of the run to resume. If the server does not have it, a warning is logged and a
+            new run is opened.
 
     Raises:
         UsageError: mlflow is not installed, or the server does not respond or rejects the run.
-        DataError: the record is another kind of file.
+        DataError: the record is not a valid record.
         LockedError: another process has the record open.
         OutputError: the record cannot be written.
     """
@@ -479,7 +480,7 @@ def _open(uri: str, experiment: str, info: RunInfo, run_id: str | None) -> Mlflo
 
 
 def upload_command(record: Path) -> str:
-    """Returns the command that sends what a server lacks of a run."""
+    """Returns the command that sends the missing data of a run."""
     return shlex.join(["pupilseg", "upload-run", str(record)])
 
 
@@ -487,8 +488,8 @@ def load_mlflow(why: str, otherwise: str) -> None:
     """Imports mlflow, which takes seconds, with timeouts that suit a training run.
 
     Args:
-        why: why it is needed, to start the error with.
-        otherwise: what to do instead of installing it.
+        why: reason why it is needed, which starts the error message.
+        otherwise: alternative to installing it.
 
     Raises:
         UsageError: it is not installed.
@@ -505,15 +506,15 @@ def load_mlflow(why: str, otherwise: str) -> None:
 
 
 def without_password(uri: str) -> str:
-    """Returns a URI without user and password, to be shown or stored."""
+    """Returns a URI without user and password, for messages and files."""
     return uri.replace(_credentials(uri), "", 1)
 
 
 def _credentials(uri: str) -> str:
     """Returns the part `user:password@` of a URI, or an empty string.
 
-    Not `urlsplit`, which ends the host at a `/`, `#` or `?` that a password should have quoted, and
-    so takes the rest of the password for the path.
+    `urlsplit` is not used, because it ends the host at an unquoted `/`, `#` or `?` in a password
+    and takes the rest of the password for the path.
     """
     _, separator, rest = uri.partition("://")
     if not separator or re.match(r"[^/:@]*(:\d+)?(/|$)", rest):  # a host comes first
@@ -529,10 +530,10 @@ def _client(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _tracking_errors(uri: str) -> Iterator[None]:
-    """Converts mlflow's errors to those of this module, with one line and no password.
+    """Converts errors of mlflow to one-line errors of this module without a password.
 
     Raises:
-        NoAnswerError: no response, or none to the request.
+        NoAnswerError: there was no response to a request.
         RefusedError: the request was rejected, or a file cannot be read.
     """
     from mlflow.exceptions import MlflowException
@@ -553,7 +554,7 @@ def _tracking_errors(uri: str) -> Iterator[None]:
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields parameters as MLflow stores them: one level of names, and text."""
+    """Yields flattened parameter names and values as text, as MLflow stores them."""
     for key, value in params.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -562,7 +563,7 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _text(value: Any) -> str:
-    """Returns a parameter as text; one that is too long is cut, and says so."""
+    """Returns a parameter as text; a long text is truncated, with a mark at its end."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     if len(text) <= _MAX_PARAM:
         return text

@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class TrackerEntry(NamedTuple):
-    """How a tracker is found and enabled.
+    """Describes where a tracker is implemented and how it is enabled.
 
     Attributes:
         module: defines `start(run: RunInfo, run_id: str | None) -> Tracker`, where `run_id` names
             the run to resume. It is imported only if the tracker is enabled.
         variables: environment variables that enable the tracker when all of them are set.
-        credentials: environment variables that it needs too if they are set.
+        credentials: environment variables with credentials, used if they are set.
         replacements: name of a variable -> name of another that may be set instead.
         options: environment variables that it uses if they are set.
     """
@@ -47,7 +47,7 @@ TRACKERS = {
         options=("MLFLOW_RUN_NAME",),
     ),
 }
-"""Name of a tracker -> where it is. `NAME_run` holds its run id in the notes of a run."""
+"""Name of a tracker -> entry. The notes of a run hold the tracker's run id under `NAME_run`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ class RunInfo:
 
     Attributes:
         name: name of the network.
-        params: the configuration, recorded once; values may be nested mappings.
+        params: training configuration, recorded once; values may be nested mappings.
         tags: short labels.
-        history: CSV file with one row per epoch and a column `epoch`, counted from 1. An epoch is
-            in it before `Tracker.log_epoch` is called.
+        history: CSV file with one row per epoch and a column `epoch`, counted from 1. The row is
+            written before `Tracker.log_epoch` is called.
     """
 
     name: str
@@ -69,14 +69,14 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Records one training run. A failure costs a warning: no method raises for it.
+    """Records one training run. Methods log a warning on failure and never raise an error for it.
 
     Only `end` may wait for a server, for a limited time.
     """
 
     @property
     def run_id(self) -> str:
-        """Identifies the run, so that a later process can resume it."""
+        """Id of the run, with which a later process can resume it."""
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
         """Records the metrics of an epoch under step `row["epoch"]`."""
@@ -85,8 +85,9 @@ class Tracker(Protocol):
         """Records a file.
 
         Args:
-            path: may be read later, so it must be final, or only be replaced by a rename.
-            folder: where to put it among the files of the run, with `/` between parts.
+            path: path of the file. It may be read later, so it must not change except by an atomic
+                replacement.
+            folder: folder among the files of the run, with `/` between parts.
         """
 
     def end(self, status: str) -> None:
@@ -94,10 +95,10 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers of a run. Each call goes to all of them; without any it does nothing.
+    """The trackers of a run. Each method calls all of them.
 
     Args:
-        trackers: by their name in `TRACKERS`.
+        trackers: name in `TRACKERS` -> tracker.
     """
 
     def __init__(self, trackers: Mapping[str, Tracker] | None = None) -> None:
@@ -108,7 +109,7 @@ class Trackers:
 
     @property
     def notes(self) -> dict[str, str]:
-        """The id of each tracker's run, to be passed to `start` when the run is resumed."""
+        """The run id of each tracker, to pass to `start` when the run is resumed."""
         return {f"{name}_run": tracker.run_id for name, tracker in self._trackers.items()}
 
     def log_epoch(self, row: Mapping[str, float]) -> None:
@@ -130,8 +131,8 @@ class Trackers:
 def enabling_variables() -> dict[str, str]:
     """Returns the environment variables that enable trackers here, and those that they use.
 
-    A process on another machine that gets them tracks its run as this one would. Empty if no
-    tracker is enabled.
+    A process on another machine that gets these variables tracks its run in the same way. Empty if
+    no tracker is enabled.
     """
     found: dict[str, str] = {}
     for entry in TRACKERS.values():
@@ -158,7 +159,7 @@ def start(run: RunInfo, notes: Mapping[str, str] | None = None) -> Trackers:
         notes: `Trackers.notes` of the run to resume.
 
     Raises:
-        PupilSegError: a tracker is enabled and cannot start.
+        PupilSegError: an enabled tracker cannot start.
     """
     started: dict[str, Tracker] = {}
     not_set = []

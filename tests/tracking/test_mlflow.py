@@ -1,4 +1,4 @@
-"""MLflow tracking against a real `mlflow server` on loopback, with SQLite behind it."""
+"""MLflow tracking with a real `mlflow server` on loopback, backed by SQLite."""
 
 import contextlib
 import csv
@@ -29,7 +29,7 @@ COLUMNS = ["epoch", "train_loss", "valid_iou", "valid_gone"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """No request of a test that passes ends by its timeout, however slow the machine is."""
+    """Sets request timeouts so long that passing tests never reach them, even on a slow machine."""
     for variable in TRACKERS["mlflow"].variables:
         monkeypatch.delenv(variable, raising=False)
     for variable, value in mlflow._DEFAULTS.items():
@@ -124,7 +124,7 @@ def upload(path):
 
 
 def give_up_soon(tracker):
-    """Lets `end` wait half a second, where a server is known to hang."""
+    """Lets `end` wait only half a second when the server is known to hang."""
     tracker._end_timeout_s = 0.5
 
 
@@ -181,10 +181,10 @@ def test_a_run_is_recorded(client, out, tmp_path, caplog, clock):
 
 
 @pytest.mark.integration
-def test_a_server_that_dies_costs_a_warning(
+def test_a_server_that_dies_causes_a_warning(
     client, gate, out, tmp_path, monkeypatch, caplog, capsys, clock
 ):
-    """Training continues; the command in the warning sends the rest, and sends nothing twice."""
+    """Training continues; the command in the warning sends the rest, without duplicates."""
     tracker = start(out)
     clock.now_s = 10**9 + 1
     train_epoch(tracker, out, 1)
@@ -346,7 +346,7 @@ def test_what_a_killed_process_did_not_send_is_uploaded(client, gate, out, capsy
 
 @pytest.mark.integration
 def test_a_process_ends_while_the_server_hangs(client, gate, out):
-    """Neither `end` nor the end of the interpreter waits for the request in progress."""
+    """Neither `end` nor the exit of the interpreter waits for the request in progress."""
     with training(client, gate, out) as (process, run_id):
         process.stdin.write("\n")
         process.stdin.close()
@@ -441,7 +441,7 @@ def test_a_file_that_has_changed_is_not_uploaded(client, gate, out, tmp_path, ca
     file = out / "best.pt"
     tracker.log_file(file)
     assert warnings_of(caplog) == [
-        f"cannot read {file} (No such file or directory): MLflow will lack it"
+        f"cannot read {file} (No such file or directory); it is not sent to MLflow"
     ]
     gate.kill()
     file.write_bytes(b"mine")
@@ -507,7 +507,7 @@ def test_mlflow_that_is_not_installed(out, monkeypatch):
 
 
 class FakeClient:
-    """Stands for MLflow's client; keeps the sizes of the batches, and may fail."""
+    """A stand-in for MLflow's client that records batch sizes and can fail."""
 
     def __init__(self, fail_at=()):
         self.sizes, self.fail_at = [], set(fail_at)

@@ -141,7 +141,7 @@ def test_a_directory_that_cannot_be_created(tmp_path):
         RunRecord(tmp_path / "file" / "x_mlflow_run.json")
 
 
-def test_a_full_disk_costs_one_warning(record, monkeypatch, caplog):
+def test_a_full_disk_causes_one_warning(record, monkeypatch, caplog):
     """The content in memory stays correct, so that a server that responds gets everything."""
 
     def full(path, _value):
