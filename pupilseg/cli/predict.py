@@ -34,7 +34,7 @@ def add_predict_commands(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="find the pupil in images, folders, videos, or a camera",
-        description="Writes OUT/pupil.csv with one row per frame, OUT/overlays (an image or a video "
+        description="Writes OUT/pupil.csv with one row per frame, OUT/overlays (an image or video "
         "per file) and, with --masks, OUT/masks. Lengths are in pixels of the original frame. If a "
         "file cannot be read, the others are predicted and the exit code is 1.",
     )
