@@ -218,7 +218,7 @@ def programs(request, tmp_path_factory, server, in_colab):
 
     Returns a function: name -> folder of the results, when they are complete.
     """
-    makers = {
+    makers = {  # the longest first
         "modal_run": partial(make_modal_run, server),
         "local": partial(make_local, server),
         "chosen_flags": make_chosen_flags,
@@ -226,7 +226,7 @@ def programs(request, tmp_path_factory, server, in_colab):
     needed = {name for item in request.session.items for name in item.fixturenames}
     with ThreadPoolExecutor(2) as pool:
         futures = {}
-        for name in makers.keys() & needed:
+        for name in [name for name in makers if name in needed]:
             futures[name] = pool.submit(once, tmp_path_factory, name, makers[name])
         for model in ("efficientvit", "ellipse") if "notebook" in needed else ():
             futures[model] = pool.submit(in_colab, model)
