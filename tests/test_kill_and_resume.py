@@ -127,7 +127,7 @@ def test_sigkill_at_random_moments_costs_only_the_current_epoch(data_dir, undist
 
 TRAIN = """
 import sys
-import torch._dynamo  # otherwise the optimizer imports it, a second in each run
+import pupilseg.cli.train_run, torch._dynamo  # otherwise each run imports them, in two seconds
 from pipeline import train
 
 def run(folder):
