@@ -49,6 +49,7 @@ def reported_epochs(text):
     return re.findall(r"^epoch +(\d)/\d ", text, flags=re.MULTILINE)
 
 
+@pytest.mark.long
 def test_commands_of_the_guide_run_in_order(clone, modal_server):
     # The guide uploads local shards: one batch of params.yaml, and more for validation.
     download("synthetic:20@1", clone / "data" / "raw")
@@ -68,13 +69,40 @@ def test_commands_of_the_guide_run_in_order(clone, modal_server):
         "train_network",  # on the uploaded shards
         *("fetch_source", "build_shards", "prepare_data"),
     ]
-    train = modal_server.function("train_network")
-    steps = "\n".join(train.image)
+    check_image(modal_server.function("train_network"))
+
+
+def check_image(function):
+    """Asserts that a function's image has what the library needs, and its files."""
+    steps = "\n".join(function.image)
     assert "apt-get install -y libgl1 libglib2.0-0" in steps
     assert " torch==" in steps
-    assert {"torch", "opencv-python", "mlflow"} <= train.packages
+    assert {"torch", "opencv-python", "mlflow"} <= function.packages
     home = cloud.CONTAINER_HOME
-    assert {f"{home}/params.yaml", f"{home}/pupilseg/cloud/app.py"} <= set(train.files)
+    assert {f"{home}/params.yaml", f"{home}/pupilseg/cloud/app.py"} <= set(function.files)
+
+
+def contents(folder):
+    """Returns the bytes of the files of a split."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_many_containers_build_the_shards_of_the_local_stage(clone, tmp_path, modal_server):
+    line = ("modal", "run", "pipeline/materialize_modal.py", "--data-dir", "large")
+    done = modal_server.run(*line, "--dataset", SOURCE, cwd=clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 training and 2 validation frames" in done.stdout
+    (build,) = (c for c in modal_server.calls if c.function.name == "build_shards")
+    assert len(build.inputs) == 2
+    check_image(build.function)
+    assert called(modal_server) == ["fetch_source", "build_shards", "prepare_data"]
+    done = modal_server.run("modal", "volume", "get", DATA, "/large/shards", ".", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    download(SOURCE, tmp_path / "raw")
+    write_splits(tmp_path / "raw", tmp_path / "local", workers=1, progress=False)
+    for split in ("train", "validation"):
+        assert contents(tmp_path / "shards" / split) == contents(tmp_path / "local" / split)
 
 
 def test_a_run_survives_its_container_and_can_be_fetched_again(clone, tmp_path, modal_server):
