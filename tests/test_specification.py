@@ -288,7 +288,10 @@ def check_shards(shards, repository):
 
 def flat(column, row):
     """Returns the numbers of a nested list."""
-    values = column[row].values
+    scalar = column[row]
+    if isinstance(scalar, pa.ExtensionScalar):  # once `datasets` was imported in this process
+        scalar = scalar.value
+    values = scalar.values
     while pa.types.is_nested(values.type):
         values = values.flatten()
     return values.to_numpy()
