@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -12,7 +13,7 @@ import pytest
 from pupilseg.files import LOCK_NAME
 from pupilseg.model_files.checkpoint import load_tensors
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import Program, run_here
+from tests.helpers.processes import Program
 from tests.helpers.training import write_eyes
 from tests.helpers.victim import Victim
 
@@ -60,9 +61,9 @@ def files_of(out):
 
 
 def run(command):
-    """Runs a training command, without the start of a process."""
-    done = run_here(*command[1:])
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,9 @@ def test_ctrl_c_before_the_first_epoch_ends(data_dir, tmp_path):
         code, text = program.end()
     assert code == 130
     assert "Traceback" not in text
-    done = run_here(*line(data_dir, out, "--resume")[1:])
+    done = subprocess.run(
+        line(data_dir, out, "--resume"), cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if not (out / STATE).exists():
         assert done.returncode == 2
         assert "nothing to resume" in done.stderr
