@@ -103,11 +103,10 @@ def run_training(
             track=args.mlflow,
         )
         if device.type == "cpu":
-            keep_freed_memory()
-            torch.set_num_threads(args.threads or 1)
+            _set_up_cpu(args.threads)
             if ranks.world_size == 1:
                 processes = _choose_processes(args, config, shards)
-                others = partial(_train_rank, work, args.threads or 1)
+                others = partial(_train_rank, work, args.threads)
                 ranks = stack.enter_context(local_ranks(processes, others))
         stop = stack.enter_context(finishing("this epoch"))
         stack.enter_context(_resume_hint(output_dir, model))
@@ -132,10 +131,15 @@ def _log_num_workers(threads: int | None) -> None:
         )
 
 
-def _train_rank(work: Callable[..., object], threads: int, ranks: Ranks) -> None:
-    """Trains in a process other than the first."""
+def _set_up_cpu(threads: int | None) -> None:
+    """Sets the allocator and the number of threads of a process that trains on the CPU."""
     keep_freed_memory()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or 1)
+
+
+def _train_rank(work: Callable[..., object], threads: int | None, ranks: Ranks) -> None:
+    """Trains in a process other than the first."""
+    _set_up_cpu(threads)
     work(ranks=ranks)
 
 

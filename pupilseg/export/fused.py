@@ -70,7 +70,12 @@ def is_fusible(model: nn.Module) -> bool:
 
 def _width(channels: int) -> int:
     """Returns the channel count after padding."""
-    return BLOCK if channels < BLOCK else -(-channels // ALIGNMENT) * ALIGNMENT
+    return BLOCK if channels < BLOCK else _aligned(channels)
+
+
+def _aligned(channels: int) -> int:
+    """Returns the smallest multiple of `ALIGNMENT` that is at least `channels`."""
+    return -(-channels // ALIGNMENT) * ALIGNMENT
 
 
 Weights = tuple[Tensor, Tensor]
@@ -213,7 +218,7 @@ class _FusedAttention(nn.Module):
         self.stride, self.window_size, self.key_dim = layer.stride, layer.window_size, layer.key_dim
         self.num_heads, self.head_dim = layer.num_heads, layer.head_dim
         keys = 2 * layer.key_dim
-        total = -(-(keys + layer.head_dim) // ALIGNMENT) * ALIGNMENT
+        total = _aligned(keys + layer.head_dim)
         self.value_dim = total - keys
         in_chans = chans if layer.num_heads == 1 else layer.head_dim
         self.qkv, self.mix, self.bias = nn.ModuleList(), nn.ModuleList(), nn.ParameterList()

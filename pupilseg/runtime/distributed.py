@@ -26,7 +26,13 @@ import torch
 import torch.distributed as dist
 
 from pupilseg.errors import ParallelError, PupilSegError, UsageError
-from pupilseg.runtime.exchange import Exchange, Sockets, connect_to_ranks, connected_sockets
+from pupilseg.runtime.exchange import (
+    Exchange,
+    Sockets,
+    connect_to_ranks,
+    connected_sockets,
+    lost_rank,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -176,17 +182,19 @@ def join_ranks(device: torch.device) -> Generator[tuple[Ranks, torch.device]]:
 @contextmanager
 def _exchange_of_job(device: torch.device) -> Generator[Exchange | None]:
     """Connects the ranks of a CPU job on one machine through sockets; yields None otherwise."""
-    world_size = dist.get_world_size()
-    hosts: list[Any] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    if device.type != "cpu" or len(set(hosts)) > 1 or world_size == 1:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if device.type != "cpu" or world_size == 1:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="pupilseg-") as own:
-        folders: list[Any] = [None] * world_size
-        dist.all_gather_object(folders, own)
-        sockets = connect_to_ranks(dist.get_rank(), world_size, Path(folders[0]), dist.barrier)
-    with closing(Exchange(dist.get_rank(), sockets)) as exchange:
+        places: list[Any] = [None] * world_size
+        dist.all_gather_object(places, (socket.gethostname(), own))
+        hosts, folders = zip(*places, strict=True)
+        if len(set(hosts)) > 1:
+            yield None
+            return
+        sockets = connect_to_ranks(rank, world_size, Path(folders[0]), dist.barrier)
+    with closing(Exchange(rank, sockets)) as exchange:
         yield exchange
 
 
@@ -194,8 +202,7 @@ def _exchange_of_job(device: torch.device) -> Generator[Exchange | None]:
 def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ranks]:
     """Starts the other processes of a CPU job on this machine.
 
-    Each of them uses one thread, ignores Ctrl-C, and ends when this process ends, because its
-    sockets close.
+    Each of them ignores Ctrl-C, and ends when this process ends, because its sockets close.
 
     Args:
         processes: number of processes in the job, including this one.
@@ -241,7 +248,6 @@ def local_ranks(processes: int, work: Callable[[Ranks], object]) -> Generator[Ra
 def _run_rank(rank: int, sockets: Sockets, work: Callable[[Ranks], object]) -> None:
     """Main function of another process of `local_ranks`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     logging.getLogger("pupilseg").setLevel(logging.WARNING)
     try:
         with closing(Exchange(rank, sockets)) as exchange:
@@ -286,8 +292,4 @@ def _parallel_errors() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ParallelError(
-            "another process of this job ended or stopped responding "
-            f"({str(error).splitlines()[0]}); see its message above, then start the job again with "
-            "--resume"
-        ) from error
+        raise lost_rank(str(error).splitlines()[0]) from error

@@ -15,7 +15,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.source_data import hub_files
 
 COLAB = ROOT / "tests" / "helpers" / "colab_runtime"
-TOKEN = "hf_of_nobody"
+TOKEN = "hf_for_tests"
 COMMIT = "a" * 40
 DATASETS = {"efficientvit": "Conner/openeds-precomputed", "ellipse": "Conner/sddec25-01"}
 """Default data set of each notebook."""
