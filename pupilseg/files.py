@@ -103,7 +103,7 @@ def atomic_path(path: str | os.PathLike[str], *, flush: bool = True) -> Iterator
     path = Path(path)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Once per process, not per write: listing 20,000 files takes 46 ms.
+        # Once per process, not per write: listing 20,000 files takes 13 ms, on a slow disk 46 ms.
         directory = os.path.abspath(path.parent)
         if directory not in _cleaned:
             _cleaned.add(directory)
